@@ -1,0 +1,91 @@
+"""Every exception and warning kvembed raises.
+
+::
+
+    KVEmbedError
+      ConfigError              a budget, path or option that cannot work (also a ValueError)
+      PromptError              an empty prompt, or one longer than the model's context (also a ValueError)
+      ModelNotFoundError       no such alias, folder, file or hub id (also a LookupError)
+      UnsupportedModelError    an explicit verb on a model whose KV cannot be kept exactly
+      StoreError
+        StoreClosedError       the store was closed
+        StoreReadOnlyError     the folder cannot be written
+        BlockFormatError       a block file that is corrupt, truncated, foreign or of another version
+        StoreFormatError       a whole store of another format version
+    KVEmbedWarning             (also a UserWarning)
+      CacheBypassWarning       a call was handed to transformers untouched; says why
+      StoreWarning             something in the store went wrong; the call went on without it
+
+``generate()`` raises none of these unless plain transformers would raise too: there a cache problem
+is a miss and one warning. The explicit verbs (``document``, ``stream``, ``KVStore.verify`` ...) do raise.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BlockFormatError",
+    "CacheBypassWarning",
+    "ConfigError",
+    "KVEmbedError",
+    "KVEmbedWarning",
+    "ModelNotFoundError",
+    "PromptError",
+    "StoreClosedError",
+    "StoreError",
+    "StoreFormatError",
+    "StoreReadOnlyError",
+    "StoreWarning",
+    "UnsupportedModelError",
+]
+
+
+class KVEmbedError(Exception):
+    """Base class of every error raised by kvembed."""
+
+
+class ConfigError(KVEmbedError, ValueError):
+    """An option, budget or path that cannot work; the message names what to change."""
+
+
+class PromptError(KVEmbedError, ValueError):
+    """A prompt that cannot be run: empty, or longer than the model's context."""
+
+
+class ModelNotFoundError(KVEmbedError, LookupError):
+    """A model name that is neither an alias, a folder, a GGUF file nor a hub id that can be reached."""
+
+
+class UnsupportedModelError(KVEmbedError):
+    """The KV cache of this model cannot be stored and restored exactly."""
+
+
+class StoreError(KVEmbedError):
+    """Base class of errors that concern the block store."""
+
+
+class StoreClosedError(StoreError):
+    """The store has been closed; open a new one."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The store's folder cannot be written."""
+
+
+class BlockFormatError(StoreError):
+    """A block file that must not be used: corrupt, truncated, foreign or of another format version."""
+
+
+class StoreFormatError(StoreError):
+    """The store on disk was written in a format this version cannot read."""
+
+
+class KVEmbedWarning(UserWarning):
+    """Base class of every warning issued by kvembed."""
+
+
+class CacheBypassWarning(KVEmbedWarning):
+    """A call went to transformers untouched; ``usage.bypass_reason`` says why."""
+
+
+class StoreWarning(KVEmbedWarning):
+    """Something in the store went wrong; generation went on without it."""
