@@ -1,0 +1,99 @@
+"""Prompt caching inside your own Python process, for Hugging Face transformers models.
+
+::
+
+    from kvembed import CachedModel
+
+    model = CachedModel.from_pretrained("smollm2")
+    doc = model.document("report.txt")
+    print(doc.ask("What changed?").text)
+    print(model.usage)
+
+Importing the package loads neither torch nor transformers: names that need them are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from kvembed._errors import (
+    BlockFormatError,
+    CacheBypassWarning,
+    ConfigError,
+    KVEmbedError,
+    KVEmbedWarning,
+    ModelNotFoundError,
+    PromptError,
+    StoreClosedError,
+    StoreError,
+    StoreFormatError,
+    StoreReadOnlyError,
+    StoreWarning,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from kvembed._document import Answer, Document
+    from kvembed._match import Explanation, PrefixMatch
+    from kvembed._model import CachedModel
+    from kvembed._store import KVStore, StoreStats, VerifyReport
+    from kvembed._usage import Usage
+
+__all__ = [
+    "__version__",
+    "Answer",
+    "BlockFormatError",
+    "CacheBypassWarning",
+    "CachedModel",
+    "ConfigError",
+    "Document",
+    "Explanation",
+    "KVEmbedError",
+    "KVEmbedWarning",
+    "KVStore",
+    "ModelNotFoundError",
+    "PrefixMatch",
+    "PromptError",
+    "StoreClosedError",
+    "StoreError",
+    "StoreFormatError",
+    "StoreReadOnlyError",
+    "StoreStats",
+    "StoreWarning",
+    "UnsupportedModelError",
+    "Usage",
+    "VerifyReport",
+]
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Answer": "kvembed._document",
+    "CachedModel": "kvembed._model",
+    "Document": "kvembed._document",
+    "Explanation": "kvembed._match",
+    "KVStore": "kvembed._store",
+    "PrefixMatch": "kvembed._match",
+    "StoreStats": "kvembed._store",
+    "Usage": "kvembed._usage",
+    "VerifyReport": "kvembed._store",
+}
+
+logging.getLogger("kvembed").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name on first use (PEP 562)."""
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'kvembed' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
