@@ -1,0 +1,384 @@
+"""`Catalog`: which blocks lie on disk, in SQLite, shared by every process that opened the folder.
+
+The files are the truth and describe themselves; the catalog only makes finding fast, and can be made again
+from them (`kvembed._rebuild`). It holds no token ids and no text: the probe that finds tails is a hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvembed._block import BlockInfo
+from kvembed._errors import StoreClosedError
+from kvembed._schema import migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+__all__ = ["BlockRow", "Catalog", "Counters"]
+
+_CHUNK = 500  # keys in one statement; SQLite before 3.32 allows 999 variables
+_TOMBSTONES = 20_000
+_BUSY_S = 5.0
+_INFO = "key, parent, namespace, start, n_tokens, exact, nbytes"
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """A block of the catalog with what only the catalog knows."""
+
+    info: BlockInfo
+    file_bytes: int
+    created: float
+    last_used: float
+    hits: int
+    children: int
+    pins: int
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Totals, kept by triggers so that reading them does not depend on the size of the store."""
+
+    blocks: int
+    nbytes: int
+    file_bytes: int
+    hits: int
+    hit_tokens: int
+
+
+class _Connection:
+    """Closes its connection with the thread it belongs to, but never in a forked child."""
+
+    def __init__(self, db: sqlite3.Connection, kept: list[sqlite3.Connection]) -> None:
+        self.db = db
+        self.pid = os.getpid()
+        self._kept = kept
+
+    def close(self) -> None:
+        if self.pid == os.getpid():
+            self.db.close()
+        else:
+            # SQLite forbids even closing a connection that came through fork(); keep it referenced.
+            self._kept.append(self.db)
+
+    __del__ = close
+
+
+class Catalog:
+    """The table of blocks on disk.
+
+    One connection for each thread and process: SQLite connections must not cross a fork, and threads that
+    share one would wait for each other.
+
+    Args:
+        path: The database file; created when missing.
+        read_only: Open without writing anything.
+
+    Raises:
+        sqlite3.DatabaseError: The file is not a database.
+        StoreFormatError: It was written by a newer version.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._local = threading.local()
+        self._kept: list[sqlite3.Connection] = []
+        self._open_connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._closed = False
+        self._touched: dict[bytes, float] = {}
+        self._hits: dict[bytes, int] = {}
+        self._digests: dict[int, bytes] = {}
+        self._ids: dict[bytes, int] = {}
+        self._immutable = False
+        if not read_only:
+            # SQLite would create it with the umask's mode; -wal and -shm take the mode of this file. Only
+            # when it is missing: closing any descriptor of an open database drops its locks on POSIX.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o600))
+        self._db()
+
+    # -- connections -------------------------------------------------------------------------------
+
+    def _db(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreClosedError("this store is closed; open it again with KVStore(path)")
+        held: _Connection | None = getattr(self._local, "held", None)
+        if held is None or held.pid != os.getpid():
+            held = self._local.held = _Connection(self._connect(), self._kept)
+            self._open_connections.add(held)
+        return held.db
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.read_only:
+            db = self._open("")
+            try:
+                migrate(db, str(self.path))
+            except BaseException:
+                db.close()
+                raise
+            return db
+        if not self._immutable:
+            try:
+                return self._check(self._open("?mode=ro"))
+            except sqlite3.OperationalError:
+                # A folder that cannot be written, without the -shm file that WAL readers share.
+                self._immutable = True
+        return self._check(self._open("?mode=ro&immutable=1"))
+
+    def _check(self, db: sqlite3.Connection) -> sqlite3.Connection:
+        try:
+            db.execute("SELECT count(*) FROM meta").fetchone()
+            migrate(db, str(self.path))
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _open(self, options: str) -> sqlite3.Connection:
+        uri = self.path.absolute().as_uri() + options
+        db = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            if not self.read_only:
+                db.execute("PRAGMA journal_mode = WAL")
+                # A power cut may lose the last commits, never the database; lost rows are found again by
+                # the clean-up, since the files are the truth.
+                db.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run statements as one; others wait. Nested use joins the outer transaction."""
+        db = self._db()
+        if db.in_transaction:
+            yield db
+            return
+        # IMMEDIATE: a transaction that starts by reading and then writes can fail with "locked" at once,
+        # without the busy timeout.
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield db
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Close the connections of every thread; harmless when repeated."""
+        self._closed = True
+        for held in list(self._open_connections):
+            held.close()
+
+    # -- namespaces and notes ----------------------------------------------------------------------
+
+    def add_namespace(self, digest: bytes, fields: dict[str, Any] | None = None) -> int:
+        """Return the row id of a namespace, adding it or its fields when they are new."""
+        known = self._ids.get(digest)
+        if known is not None and fields is None:
+            return known
+        with self.transaction() as db:
+            row = db.execute("SELECT id, fields FROM namespaces WHERE digest = ?", (digest,)).fetchone()
+            text = json.dumps(fields or {}, sort_keys=True, default=str)
+            if row is None:
+                values = (digest, text, time.time())
+                cursor = db.execute("INSERT INTO namespaces (digest, fields, created) VALUES (?, ?, ?)", values)
+                number = int(cursor.lastrowid or 0)
+            else:
+                number = row[0]
+                if fields and row[1] != text:
+                    db.execute("UPDATE namespaces SET fields = ? WHERE id = ?", (text, number))
+        # Known only when committed: an id from a transaction that was rolled back would be reused.
+        if not self._db().in_transaction:
+            self._ids[digest] = number
+        return number
+
+    def namespaces(self) -> dict[bytes, dict[str, Any]]:
+        """Return the fields of every namespace by digest."""
+        rows = self._db().execute("SELECT digest, fields FROM namespaces ORDER BY id")
+        return {bytes(digest): json.loads(fields) for digest, fields in rows}
+
+    def note(self, digest: bytes, name: str) -> Any | None:
+        """Return a value kept beside a namespace, or None."""
+        sql = "SELECT value FROM notes WHERE digest = ? AND name = ?"
+        row = self._db().execute(sql, (digest, name)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def set_note(self, digest: bytes, name: str, value: Any) -> None:
+        """Keep a JSON value beside a namespace."""
+        self._db().execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", (digest, name, json.dumps(value)))
+
+    def _digest(self, number: int) -> bytes:
+        digest = self._digests.get(number)
+        if digest is None:
+            for row in self._db().execute("SELECT id, digest FROM namespaces"):
+                self._digests[row[0]] = bytes(row[1])
+            digest = self._digests.get(number, bytes(32))
+        return digest
+
+    def _info(self, row: Sequence[Any]) -> BlockInfo:
+        return BlockInfo(row[0], row[1], self._digest(row[2]), row[3], row[4], row[5] == 1, row[6])
+
+    # -- blocks ------------------------------------------------------------------------------------
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, BlockInfo]:
+        """Return what is known of those of ``keys`` that are here."""
+        found: dict[bytes, BlockInfo] = {}
+        db = self._db()
+        for at in range(0, len(keys), _CHUNK):
+            part = keys[at : at + _CHUNK]
+            marks = ",".join("?" * len(part))
+            for row in db.execute(f"SELECT {_INFO} FROM blocks WHERE key IN ({marks})", part):
+                found[row[0]] = self._info(row)
+        return found
+
+    def row(self, key: bytes) -> BlockRow | None:
+        """Return the whole row of a block, or None."""
+        return next(iter(self.rows("WHERE key = ?", (key,))), None)
+
+    def rows(self, tail: str = "", values: Sequence[Any] = ()) -> Iterator[BlockRow]:
+        """Return the rows chosen by ``tail``: SQL after ``SELECT ... FROM blocks``.
+
+        They are read at once: a statement left open would hold back checkpoints of the WAL.
+        """
+        sql = f"SELECT {_INFO}, file_bytes, created, last_used, hits, children, pins FROM blocks {tail}"
+        return (BlockRow(self._info(row), *row[7:]) for row in self._db().execute(sql, values).fetchall())
+
+    def children(self, parent: bytes) -> list[BlockInfo]:
+        """Return the blocks that follow ``parent``, latest first."""
+        sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? ORDER BY last_used DESC LIMIT 1000"
+        return [self._info(row) for row in self._db().execute(sql, (parent,)).fetchall()]
+
+    def tails(self, parent: bytes, probe: bytes) -> list[BlockInfo]:
+        """Return the children of ``parent`` that begin with the tokens of ``probe``, latest first, at most 64."""
+        sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? AND probe = ? ORDER BY last_used DESC LIMIT 64"
+        return [self._info(row) for row in self._db().execute(sql, (parent, probe)).fetchall()]
+
+    def insert(self, blocks: Iterable[tuple[BlockInfo, bytes, int, float]]) -> None:
+        """Add or replace rows, in one transaction.
+
+        Args:
+            blocks: Info, probe, bytes of the file on disk, and time of creation of each.
+        """
+        with self.transaction() as db:
+            for info, probe, file_bytes, created in blocks:
+                now = max(created, self._touched.get(info.key, 0.0))
+                values = (self.add_namespace(info.namespace), info.start, info.n_tokens, probe, int(info.exact))
+                values += (info.nbytes, file_bytes, created, now)
+                # Not INSERT OR REPLACE: it would lose hits and pins, and run no delete trigger.
+                sql = (
+                    "UPDATE blocks SET namespace = ?, start = ?, n_tokens = ?, probe = ?, exact = ?, nbytes = ?, "
+                    "file_bytes = ?, created = ?, last_used = max(last_used, ?) WHERE key = ?"
+                )
+                if db.execute(sql, (*values, info.key)).rowcount == 0:
+                    sql = (
+                        "INSERT INTO blocks (namespace, start, n_tokens, probe, exact, nbytes, file_bytes, created, "
+                        "last_used, key, parent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                    )
+                    db.execute(sql, (*values, info.key, info.parent))
+
+    def delete(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
+        """Delete rows and return the keys that were here.
+
+        Args:
+            keys: Blocks to forget.
+            reason: ``"evicted"``, ``"quarantined"`` or ``"removed"`` to be remembered, or None.
+        """
+        gone: list[bytes] = []
+        with self.transaction() as db:
+            for key in keys:
+                if db.execute("DELETE FROM blocks WHERE key = ?", (key,)).rowcount:
+                    gone.append(key)
+                    if reason is not None:
+                        db.execute("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?)", (key, reason, time.time()))
+            if gone and reason is not None:
+                sql = (
+                    "DELETE FROM tombstones WHERE time < "
+                    "(SELECT time FROM tombstones ORDER BY time DESC LIMIT 1 OFFSET ?)"
+                )
+                db.execute(sql, (_TOMBSTONES - 1,))
+        for key in gone:
+            self._touched.pop(key, None)
+            self._hits.pop(key, None)
+        return gone
+
+    def why_missing(self, key: bytes) -> str | None:
+        """Return why a block that was here is gone, or None."""
+        row = self._db().execute("SELECT reason FROM tombstones WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def to_evict(self, count: int, spare: bytes = b"") -> list[BlockRow]:
+        """Return the blocks to evict next: unpinned leaves, longest unused first, ends of chains first."""
+        tail = "WHERE children = 0 AND pins = 0 AND key != ? ORDER BY last_used, start DESC LIMIT ?"
+        return list(self.rows(tail, (spare, count)))
+
+    def counters(self) -> Counters:
+        """Return the totals."""
+        return Counters(
+            **{
+                k: int(v)
+                for k, v in self._db().execute(
+                    "SELECT name, value FROM meta WHERE name IN "
+                    "('blocks', 'nbytes', 'file_bytes', 'hits', 'hit_tokens')"
+                )
+            }
+        )
+
+    # -- use ---------------------------------------------------------------------------------------
+
+    def touch_later(self, keys: Iterable[bytes], now: float | None = None) -> None:
+        """Remember that ``keys`` were used; `flush_touches` writes it. Costs the caller no disk access."""
+        self._touched.update(dict.fromkeys(keys, time.time() if now is None else now))
+
+    def hit_later(self, key: bytes) -> None:
+        """Remember that a block was read; `flush_touches` writes it."""
+        self._hits[key] = self._hits.get(key, 0) + 1
+
+    @property
+    def has_touches(self) -> bool:
+        """True when `flush_touches` has something to write."""
+        return bool(self._touched or self._hits)
+
+    def flush_touches(self) -> None:
+        """Write what `touch_later` and `hit_later` remembered."""
+        if self.read_only or not self.has_touches:
+            return
+        # Swapped, not cleared: another thread may be adding.
+        touched, self._touched = self._touched, {}
+        hits, self._hits = self._hits, {}
+        with self.transaction() as db:
+            sql = "UPDATE blocks SET last_used = ? WHERE key = ? AND last_used < ?"
+            db.executemany(sql, [(when, key, when) for key, when in touched.items()])
+            db.executemany("UPDATE blocks SET hits = hits + ? WHERE key = ?", [(n, key) for key, n in hits.items()])
+
+    # -- pins --------------------------------------------------------------------------------------
+
+    def pin(self, name: str, keys: Iterable[bytes]) -> None:
+        """Keep ``keys`` from eviction under ``name``; keys may be written later."""
+        with self.transaction() as db:
+            db.executemany("INSERT OR IGNORE INTO pins (name, key) VALUES (?, ?)", [(name, key) for key in keys])
+
+    def unpin(self, name: str) -> int:
+        """Drop a name; return how many blocks it held."""
+        with self.transaction() as db:
+            return db.execute("DELETE FROM pins WHERE name = ?", (name,)).rowcount
+
+    def pins(self) -> dict[str, list[bytes]]:
+        """Return the keys kept under every name."""
+        result: dict[str, list[bytes]] = {}
+        for name, key in self._db().execute("SELECT name, key FROM pins ORDER BY name").fetchall():
+            result.setdefault(name, []).append(key)
+        return result

@@ -1,0 +1,252 @@
+"""Small file operations: private folders and files, whole writes, and reads at an offset.
+
+What differs between systems is here and nowhere else. `os.writev` and `os.preadv` are missing on Windows
+(and `preadv` on old macOS), so each has a portable twin, which tests call by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from kvembed._errors import BlockFormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = [
+    "RandomAccess",
+    "disk_usage",
+    "fsync_dir",
+    "is_temp_name",
+    "open_regular",
+    "random_access",
+    "temp_path",
+    "unlink_quietly",
+    "write_all",
+    "write_all_portable",
+    "write_file",
+]
+
+_IOV_MAX = 1024
+_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+class RandomAccess(Protocol):
+    """An open file that several threads read at offsets of their own."""
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        """Return ``nbytes`` bytes at ``offset``, fewer only at the end of the file."""
+        ...
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill ``buffers`` one after the other from ``offset`` on.
+
+        Raises:
+            BlockFormatError: The file ends too early.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        ...
+
+
+def _advance(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """Return what is left of ``buffers`` after their first ``nbytes`` bytes."""
+    for i, view in enumerate(buffers):
+        if nbytes < len(view):
+            return [view[nbytes:], *buffers[i + 1 :]]
+        nbytes -= len(view)
+    return []
+
+
+class _PositionalFile:
+    """`RandomAccess` over ``os.preadv``: no seek, so no lock between threads."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        return os.pread(self._fd, nbytes, offset)
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        left: Sequence[memoryview] = buffers
+        while left:
+            n = os.preadv(self._fd, left[:_IOV_MAX], offset)
+            if n <= 0:
+                raise BlockFormatError("the file ends before its data does")
+            offset += n
+            left = _advance(left, n)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+
+class _SeekingFile:
+    """`RandomAccess` with seek and readinto under a lock, for systems without ``os.preadv``."""
+
+    def __init__(self, fd: int) -> None:
+        self._file = os.fdopen(fd, "rb", buffering=0)
+        self._lock = threading.Lock()
+
+    def read(self, nbytes: int, offset: int) -> bytes:
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.read(nbytes)
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
+        with self._lock:
+            self._file.seek(offset)
+            for view in buffers:
+                left = view
+                while left:
+                    n = self._file.readinto(left)
+                    if not n:
+                        raise BlockFormatError("the file ends before its data does")
+                    left = left[n:]
+
+    def close(self) -> None:
+        self._file.close()
+
+    __del__ = close
+
+
+def random_access(fd: int, *, portable: bool = False) -> RandomAccess:
+    """Return a reader that owns ``fd``; ``portable`` asks for the one that works on every system."""
+    return _SeekingFile(fd) if portable or not hasattr(os, "preadv") else _PositionalFile(fd)
+
+
+def open_regular(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Open a regular file for reading and return its descriptor and size.
+
+    A symbolic link is refused, and a FIFO neither blocks nor is read: what lies in the folder of a store
+    must not send the reader elsewhere or hang it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        BlockFormatError: It is not a regular file, or cannot be opened.
+    """
+    flags = os.O_RDONLY | _BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BlockFormatError(f"cannot be opened: {error.strerror}") from error
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise BlockFormatError("not a regular file")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, info.st_size
+
+
+def write_all_portable(fd: int, buffers: Sequence[memoryview]) -> None:
+    """Write every byte of ``buffers`` with ``os.write``."""
+    for view in buffers:
+        left = view
+        while left:
+            n = os.write(fd, left)
+            if n <= 0:
+                raise OSError("the system wrote nothing")
+            left = left[n:]
+
+
+def write_all(fd: int, buffers: Sequence[memoryview]) -> None:
+    """Write every byte of ``buffers``, in one call where the system can.
+
+    ``writev`` may write less than asked (a signal, a nearly full disk, more than 2 GiB), so this loops.
+    """
+    if not hasattr(os, "writev"):
+        write_all_portable(fd, buffers)
+        return
+    left: Sequence[memoryview] = [view for view in buffers if len(view)]
+    while left:
+        n = os.writev(fd, left[:_IOV_MAX])
+        if n <= 0:
+            # Not retried: a zero return that repeats would spin here for ever.
+            raise OSError("the system wrote nothing")
+        left = _advance(left, n)
+
+
+def temp_path(path: Path) -> Path:
+    """Return a name beside ``path`` that no other writer uses."""
+    return path.parent / f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+
+def is_temp_name(name: str) -> bool:
+    """Return True for names made by `temp_path`."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False) -> None:
+    """Write a private file under a temporary name and rename it to ``path``.
+
+    Readers see the old file or the new one, never a part. The mode is 0600 whatever the umask is.
+
+    Args:
+        path: Where the file goes; its folder is created when missing.
+        buffers: The content, as byte views.
+        sync: Wait until file and folder are on the device. Without it a power cut may leave a file with
+            holes, which its checksums tell.
+
+    Raises:
+        OSError: The disk is full, the folder cannot be written ...; nothing is left behind.
+    """
+    temp = temp_path(path)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _BINARY
+    try:
+        try:
+            fd = os.open(temp, flags, 0o600)
+        except FileNotFoundError:
+            # Also when another process has just removed the empty folder: hence here, not before.
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(temp, flags, 0o600)
+        try:
+            write_all(fd, buffers)
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        temp.replace(path)
+    except BaseException:
+        unlink_quietly(temp)
+        raise
+    if sync:
+        fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make renames in a folder durable, where the system knows how."""
+    if os.name == "nt":
+        return  # Windows cannot open folders; NTFS keeps its own journal of renames
+    fd = os.open(path, os.O_RDONLY | _BINARY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def unlink_quietly(path: Path) -> bool:
+    """Delete a file; False when it was not there or cannot be deleted."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+        return True
+    return False
+
+
+def disk_usage(nbytes: int) -> int:
+    """Return what a file of ``nbytes`` takes on a disk: whole pages of 4096 bytes, at least one."""
+    return max(1, -(-nbytes // 4096)) * 4096

@@ -1,0 +1,263 @@
+"""`DiskTier`: one safetensors file for each block, found through the catalog."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvembed._blockfile import BlockFileSource, EncodedBlock, open_block, read_ids
+from kvembed._errors import BlockFormatError
+from kvembed._files import disk_usage, unlink_quietly, write_file
+from kvembed._keys import probe_of
+from kvembed._units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from kvembed._block import Block, BlockInfo
+    from kvembed._catalog import Catalog
+    from kvembed._keys import TokenIds
+
+__all__ = ["DiskTier"]
+
+_FOLDERS = 256
+_QUARANTINE_FILES = 8
+
+
+def _ignore(kind: str, message: str) -> None:
+    """Drop a problem nobody listens to."""
+
+
+class DiskTier:
+    """Blocks on disk, shared with every process that opened the folder.
+
+    Order matters at a crash: a file is complete before its row commits, and a row is gone before its file
+    is deleted. What a crash leaves is a file without a row, which the clean-up adopts; never a row whose
+    file is half written.
+
+    Args:
+        root: Folder of the store.
+        catalog: The catalog of ``root``.
+        max_bytes: Budget for the block files as `du` counts them, folders included.
+        durability: ``"fast"`` leaves flushing to the system, ``"safe"`` waits for the device.
+        report: Called with a kind and a message when something is wrong.
+        writer: Name and version recorded in the files.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        root: Path,
+        catalog: Catalog,
+        max_bytes: int,
+        *,
+        durability: str = "fast",
+        report: Callable[[str, str], None] = _ignore,
+        writer: str = "kvembed",
+    ) -> None:
+        self.root = root
+        self.catalog = catalog
+        self.max_bytes = max_bytes
+        self._sync = durability == "safe"
+        self._report = report
+        self._writer = writer
+
+    # -- what is here ------------------------------------------------------------------------------
+
+    def path(self, key: bytes) -> Path:
+        """Return where the file of a block lies."""
+        name = key.hex()
+        return self.root / "blocks" / name[:2] / f"{name}.safetensors"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use, counted like `du`: whole pages, folders included."""
+        counters = self.catalog.counters()
+        return counters.file_bytes + self._folder_bytes(counters.blocks)
+
+    @staticmethod
+    def _folder_bytes(blocks: int) -> int:
+        # Empty folders are removed with their last file, so there are at most as many as blocks.
+        return 4096 * (1 + min(blocks, _FOLDERS)) if blocks else 0
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return self.catalog.counters().blocks
+
+    def contains(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
+        """Return, for each key, what is known of the block, or None when it is not here."""
+        found = self.catalog.get(keys)
+        return [found.get(key) for key in keys]
+
+    def tails(self, parent: bytes, probe: bytes) -> list[BlockInfo]:
+        """Return children of ``parent`` whose first tokens hash to ``probe``, latest first, at most 64."""
+        return self.catalog.tails(parent, probe)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def put(self, block: Block) -> bool:
+        """Write ``block``; see `kvembed._tiers._base.Tier.put`.
+
+        A block whose parent is missing never evicts another: it could not be reached.
+
+        Raises:
+            OSError: The disk is full, read-only or broken; nothing is left behind.
+            sqlite3.Error: The catalog cannot be written.
+        """
+        info = block.info
+        old = self.catalog.row(info.key)
+        path = self.path(info.key)
+        if old is not None and (old.info.exact or not info.exact) and path.exists():
+            self.touch([info.key])
+            return True
+        encoded = EncodedBlock(block, self._writer)
+        if not self._make_room(encoded.disk_nbytes - (old.file_bytes if old else 0), info, encoded.disk_nbytes):
+            return False
+        encoded.write(path, sync=self._sync)
+        probe = probe_of(info.parent, block.token_ids)
+        try:
+            self.catalog.insert([(info, probe, encoded.disk_nbytes, encoded.created)])
+        except BaseException:
+            if old is None:
+                self._unlink(info.key)
+            raise
+        self._drop_covered_tails(block, probe)
+        return True
+
+    def _make_room(self, need: int, info: BlockInfo, whole: int) -> bool:
+        if whole + self._folder_bytes(1) > self.max_bytes:
+            self._report(
+                "budget",
+                f"the disk budget of {format_bytes(self.max_bytes)} is too small for one block "
+                f"(needs {format_bytes(whole + self._folder_bytes(1))}); raise max_disk_bytes",
+            )
+            return False
+        if self._used_with_one_more() + need <= self.max_bytes:
+            return True
+        if info.start > 0 and self.catalog.row(info.parent) is None:
+            return False
+        self.catalog.flush_touches()
+        while (excess := self._used_with_one_more() + need - self.max_bytes) > 0:
+            # In one transaction with the deletion, so that two processes do not evict for the same need.
+            with self.catalog.transaction():
+                rows = self.catalog.to_evict(1, spare=info.parent)
+                rows = [row for row in rows if row.info.key != info.key]
+                gone = self.catalog.delete([row.info.key for row in rows], "evicted")
+            for key in gone:
+                self._unlink(key)
+            if not gone:
+                self._report(
+                    "budget",
+                    f"the disk budget of {format_bytes(self.max_bytes)} has no room for {format_bytes(excess)} more: "
+                    "what is there is pinned or the start of the same prompt; raise max_disk_bytes or unpin",
+                )
+                return False
+        return True
+
+    def _used_with_one_more(self) -> int:
+        counters = self.catalog.counters()
+        return counters.file_bytes + self._folder_bytes(counters.blocks + 1)
+
+    def _drop_covered_tails(self, block: Block, probe: bytes) -> None:
+        for tail in self.catalog.tails(block.info.parent, probe):
+            if tail.n_tokens >= block.info.n_tokens:
+                continue
+            row = self.catalog.row(tail.key)
+            if row is None or row.children or row.pins:
+                continue
+            ids = self.read_ids(tail.key)
+            if ids is not None and np.array_equal(ids, block.token_ids[: tail.n_tokens]):
+                self.remove([tail.key], reason=None)
+
+    def _unlink(self, key: bytes) -> None:
+        path = self.path(key)
+        unlink_quietly(path)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # fails while it has other files, which is the usual case
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def open(self, key: bytes) -> BlockFileSource | None:
+        """Open a block for reading, or None when it is not here or cannot be trusted."""
+        try:
+            source = open_block(self.path(key))
+            if source.info.key == key:
+                return source
+            source.close()
+            raise BlockFormatError("it holds another block")
+        except FileNotFoundError:
+            self._forget(key, None)
+        except BlockFormatError as error:
+            self.quarantine(key, str(error))
+        return None
+
+    def read_ids(self, key: bytes) -> TokenIds | None:
+        """Return the token ids of a block, or None like `open`."""
+        try:
+            return read_ids(self.path(key))
+        except FileNotFoundError:
+            self._forget(key, None)
+        except BlockFormatError as error:
+            self.quarantine(key, str(error))
+        return None
+
+    def quarantine(self, key: bytes, reason: str) -> None:
+        """Move a file that must not be used out of the way, and forget the block."""
+        self._report(f"bad:{key.hex()}", f"block {key.hex()[:12]} was dropped: {reason}")
+        if self.catalog.read_only:
+            return
+        path = self.path(key)
+        folder = self.root / "quarantine"
+        target = folder / path.name
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            path.replace(target)
+            text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n".encode()
+            write_file(folder / f"{path.name}.reason.txt", [memoryview(text)])
+            self._bound_quarantine(folder)
+        except OSError:
+            self._unlink(key)  # better gone than found bad at every call
+        self._forget(key, "quarantined")
+
+    def _bound_quarantine(self, folder: Path) -> None:
+        """Keep the newest few bad files: evidence, but not outside every budget."""
+        files = [path for path in folder.iterdir() if not path.name.endswith(".txt")]
+        files.sort(key=lambda path: path.lstat().st_mtime_ns, reverse=True)
+        total = 0
+        for rank, path in enumerate(files):
+            total += disk_usage(path.lstat().st_size)
+            if rank and (rank >= _QUARANTINE_FILES or total > self.max_bytes // 20):
+                unlink_quietly(path)
+
+    def _forget(self, key: bytes, reason: str | None) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if not self.catalog.read_only:
+                self.catalog.delete([key], reason)
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Mark a prefix as used now; written to the catalog later."""
+        self.catalog.touch_later(keys)
+
+    def remove(self, keys: Iterable[bytes], reason: str | None = "removed") -> int:
+        """Delete blocks; return how many were here."""
+        gone = self.catalog.delete(keys, reason)
+        for key in gone:
+            self._unlink(key)
+        return len(gone)
+
+    def clear(self) -> int:
+        """Delete every block; return how many there were."""
+        gone = self.remove([row.info.key for row in self.catalog.rows()])
+        for folder in os.scandir(self.root / "blocks") if (self.root / "blocks").is_dir() else ():
+            with contextlib.suppress(OSError):
+                os.rmdir(folder.path)  # noqa: PTH106
+        return gone
