@@ -107,6 +107,7 @@ class BlockFileSource:
         self.info: BlockInfo = header.info
         self.layout: Layout = header.layout
         self.token_ids: TokenIds = token_ids
+        self.created = header.created
         self._file = file
         self._header = header
 

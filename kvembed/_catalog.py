@@ -160,6 +160,11 @@ class Catalog:
         return db
 
     @contextlib.contextmanager
+    def connection(self) -> Iterator[sqlite3.Connection]:
+        """Give out this thread's connection, for maintenance."""
+        yield self._db()
+
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run statements as one; others wait. Nested use joins the outer transaction."""
         db = self._db()

@@ -236,6 +236,15 @@ class DiskTier:
             if rank and (rank >= _QUARANTINE_FILES or total > self.max_bytes // 20):
                 unlink_quietly(path)
 
+    def empty_quarantine(self, keys: Iterable[bytes] | None) -> None:
+        """Delete the quarantined files of ``keys``, or all."""
+        folder = self.root / "quarantine"
+        names = None if keys is None else {key.hex() for key in keys}
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                if names is None or path.name[:64] in names:
+                    unlink_quietly(path)
+
     def _forget(self, key: bytes, reason: str | None) -> None:
         with contextlib.suppress(sqlite3.Error):
             if not self.catalog.read_only:

@@ -1,0 +1,180 @@
+"""The catalog made again from the files, and the clean-up after crashes. The files are the truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvembed._blockfile import open_block
+from kvembed._catalog import Catalog
+from kvembed._errors import BlockFormatError
+from kvembed._files import disk_usage, is_temp_name, unlink_quietly
+from kvembed._keys import probe_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvembed._block import BlockInfo
+    from kvembed._tiers.disk import DiskTier
+
+__all__ = ["block_files", "has_blocks", "housekeeping", "read_row", "rebuild"]
+
+_SUFFIX = ".safetensors"
+_STALE_S = 3600.0
+
+
+def block_files(root: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield every entry in the folders of block files."""
+    try:
+        folders = sorted(os.scandir(root / "blocks"), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for folder in folders:
+        if folder.is_dir(follow_symlinks=False):
+            with os.scandir(folder.path) as entries:
+                yield from sorted(entries, key=lambda entry: entry.name)
+
+
+def has_blocks(root: Path) -> bool:
+    """Return True when a folder holds block files."""
+    return any(entry.name.endswith(_SUFFIX) for entry in block_files(root))
+
+
+def read_row(path: Path) -> tuple[BlockInfo, bytes, int, float]:
+    """Return the catalog row of a block file: info, probe, bytes on disk, time of creation.
+
+    Raises:
+        BlockFormatError: The file must not be used, or is not where its key says.
+        FileNotFoundError: It is gone.
+    """
+    source = open_block(path)
+    try:
+        if f"{source.info.key.hex()}{_SUFFIX}" != path.name:
+            raise BlockFormatError("it holds another block")
+        size = disk_usage(path.lstat().st_size)
+        return source.info, probe_of(source.info.parent, source.token_ids), size, source.created
+    finally:
+        source.close()
+
+
+def rebuild(root: Path, progress: Callable[[int, int], None] | None = None) -> int:
+    """Move a bad catalog aside and make a new one from the block files.
+
+    Args:
+        root: Folder of the store.
+        progress: Called with files done and files in all.
+
+    Returns:
+        Number of blocks found.
+    """
+    from filelock import FileLock
+
+    path = root / "kvembed.db"
+    # Two processes may find the same bad catalog; the second must not move the first one's new one away.
+    with FileLock(str(root / ".rebuild.lock"), mode=0o600):
+        if path.exists():
+            try:
+                catalog = Catalog(path)
+            except sqlite3.DatabaseError:
+                _move_aside(root, path)
+            else:
+                count = catalog.counters().blocks
+                catalog.close()
+                return count
+        return _build(root, path, progress)
+
+
+def _move_aside(root: Path, path: Path) -> None:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", "-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.replace(root / "quarantine" / f"{part.name}.{stamp}")
+
+
+def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) -> int:
+    # Built under another name: a crash half-way must leave the catalog missing, not incomplete.
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    catalog = Catalog(temp)
+    try:
+        for file in sorted((root / "namespaces").glob("*.json")):
+            try:
+                fields = json.loads(file.read_text())
+                catalog.add_namespace(bytes.fromhex(file.stem), fields)
+            except (ValueError, OSError):
+                continue  # a namespace without fields only explains less
+        names = [Path(entry.path) for entry in block_files(root) if entry.name.endswith(_SUFFIX)]
+        rows: list[tuple[BlockInfo, bytes, int, float]] = []
+        for done, name in enumerate(names, 1):
+            try:
+                rows.append(read_row(name))
+            except (BlockFormatError, OSError):
+                pass  # left where it is: verify() names it
+            if progress is not None:
+                progress(done, len(names))
+        catalog.insert(rows)
+        count = len(rows)
+        with catalog.connection() as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute("PRAGMA journal_mode = DELETE")
+    except BaseException:
+        catalog.close()
+        unlink_quietly(temp)
+        raise
+    catalog.close()
+    temp.replace(path)
+    return count
+
+
+def housekeeping(disk: DiskTier) -> Iterator[None]:
+    """Clean up after crashed writers, one folder of blocks a step.
+
+    Temporary files older than an hour are deleted; blocks that have a file but no row (the crash came
+    between the two) are entered, so that they count against the budget and can be found.
+    """
+    before = time.time() - _STALE_S
+    try:
+        folders = sorted(Path(entry.path) for entry in os.scandir(disk.root / "blocks") if entry.is_dir())
+    except FileNotFoundError:
+        return
+    for folder in folders:
+        adopt(disk, folder, before)
+        yield
+
+
+def adopt(disk: DiskTier, folder: Path, before: float) -> None:
+    """Do the housekeeping of one folder, for files last changed before a time."""
+    names: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.stat(follow_symlinks=False).st_mtime >= before:
+                    continue
+                if is_temp_name(entry.name):
+                    unlink_quietly(Path(entry.path))
+                elif entry.name.endswith(_SUFFIX) and len(entry.name) == 64 + len(_SUFFIX):
+                    names.append(Path(entry.path))
+    except FileNotFoundError:
+        return
+    keys = {_key_of(name): name for name in names}
+    known = disk.catalog.get([key for key in keys if key is not None])
+    for key, name in keys.items():
+        if key is None or key in known:
+            continue
+        try:
+            disk.catalog.insert([read_row(name)])
+        except FileNotFoundError:
+            continue
+        except BlockFormatError as error:
+            disk.quarantine(key, str(error))
+
+
+def _key_of(path: Path) -> bytes | None:
+    try:
+        return bytes.fromhex(path.stem)
+    except ValueError:
+        return None

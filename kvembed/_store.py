@@ -1,0 +1,420 @@
+"""`KVStore`: the tiers, their budgets and the catalog behind one object, shared by models and processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvembed._budgets import cpu_budget, disk_budget
+from kvembed._errors import ConfigError, StoreClosedError, StoreWarning
+from kvembed._files import write_file
+from kvembed._keys import PROBE_TOKENS, probe_of
+from kvembed._store_admin import StoreAdmin
+from kvembed._store_types import PrefixEntry, ProblemLog, PruneReport, StoredBlock, StoreStats, VerifyReport
+from kvembed._tiers.cpu import CpuTier
+from kvembed._tiers.disk import DiskTier
+from kvembed._writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from kvembed._block import Block, BlockInfo
+    from kvembed._catalog import Catalog
+    from kvembed._keys import TokenIds
+    from kvembed._tiers._base import BlockSource
+
+__all__ = ["KVStore", "PrefixEntry", "PruneReport", "StoreStats", "StoredBlock", "VerifyReport"]
+
+_IDS_KEPT = 4096  # token ids of blocks on disk kept in memory: 1 KB each
+
+
+class KVStore(StoreAdmin):
+    """Where blocks are kept: in host memory and in a folder on disk.
+
+    Any number of stores, in any number of processes, may use one folder at the same time. Opening is
+    cheap, and nothing runs in the background until the first block is put.
+
+    Args:
+        path: Folder on disk; the default is the ``store`` folder in kvembed's cache folder.
+        max_cpu_bytes: Budget in host memory: bytes, ``"4GiB"``, ``"10%"`` of memory, or None for none. ``"auto"``
+            is 4 GiB, at most a quarter of the memory.
+        max_disk_bytes: Budget on disk as `du` counts it; as above, percentages are of the free space. ``"auto"``
+            is 20 GiB, at most a quarter of the free space. None keeps everything in memory.
+        durability: ``"fast"`` survives a crash of the process; ``"safe"`` also waits for the device at every
+            block, so that a power cut loses at most the newest one.
+        read_only: True never writes to the folder. None finds out: a store in a folder that cannot be
+            written is opened read-only, with a `StoreWarning`.
+
+    Raises:
+        ConfigError: A budget or the path cannot work.
+        StoreReadOnlyError: The folder cannot be written and holds no store.
+        StoreFormatError: The store was written by a newer kvembed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_cpu_bytes: int | str | None = "auto",
+        max_disk_bytes: int | str | None = "auto",
+        durability: str = "fast",
+        read_only: bool | None = None,
+    ) -> None:
+        if durability not in ("fast", "safe"):
+            raise ConfigError(f'durability must be "fast" or "safe", got {durability!r}')
+        self._closed = False
+        self._pid = os.getpid()
+        self._problems = ProblemLog()
+        self._lock = threading.Lock()
+        self._ids: OrderedDict[bytes, TokenIds] = OrderedDict()
+        self._spaces: dict[bytes, dict[str, Any]] = {}
+        self._notes: dict[tuple[bytes, str], Any] = {}
+        self._memory_pins: dict[str, list[bytes]] = {}
+        self._tier_hits: dict[str, list[int]] = {"cpu": [0, 0], "disk": [0, 0]}
+        self._cpu: CpuTier | None = None
+        self._disk: DiskTier | None = None
+        self._catalog: Catalog | None = None
+        self._read_only = bool(read_only)
+        self.path: Path | None = None
+        housekeeping = None
+        if max_disk_bytes is not None and max_disk_bytes != 0:
+            from kvembed._store_open import open_folder
+
+            opened = open_folder(path, read_only)
+            self.path, self._catalog, self._read_only = opened.path, opened.catalog, opened.read_only
+            if opened.catalog is not None:
+                used = opened.catalog.counters().file_bytes
+                try:
+                    budget = disk_budget(max_disk_bytes, opened.path, used)
+                except BaseException:
+                    opened.catalog.close()
+                    raise
+                self._disk = DiskTier(
+                    opened.path,
+                    opened.catalog,
+                    budget,
+                    durability=durability,
+                    report=self._problems.report,
+                    writer=opened.writer,
+                )
+                if not opened.read_only:
+                    from kvembed._rebuild import housekeeping as steps
+
+                    housekeeping = steps(self._disk)
+            for message in opened.warnings:
+                warnings.warn(message, StoreWarning, stacklevel=2)
+        memory = cpu_budget(max_cpu_bytes)
+        if memory:
+            self._cpu = CpuTier(memory)
+        writes = None if self._read_only else self._disk
+        self._writer = Writer(self._cpu, writes, self._problems.report, housekeeping)
+        # When the store is dropped without close() the thread finishes its queue and ends.
+        weakref.finalize(self, self._writer.request_stop).atexit = False
+
+    # -- guards ------------------------------------------------------------------------------------
+
+    def _enter(self) -> None:
+        """Check that the store may be used; every public method begins with this."""
+        if self._closed:
+            raise StoreClosedError("this store is closed; open it again with KVStore(path)")
+        if self._pid != os.getpid():
+            # Threads and locks do not survive fork(), and SQLite connections must not.
+            self._pid = os.getpid()
+            self._lock = threading.Lock()
+            self._problems.after_fork()
+            self._writer.after_fork()
+            if self._cpu is not None:
+                self._cpu.after_fork()
+
+    @contextlib.contextmanager
+    def _quiet(self, what: str) -> Iterator[None]:
+        """Turn a failing catalog into a recorded problem: to the model it is a miss."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self._problems.report(f"catalog:{what}", f"the store's catalog failed ({what}): {error}")
+
+    def _writable(self) -> DiskTier | None:
+        return None if self._read_only else self._disk
+
+    # -- finding -----------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes], *, exact_only: bool = False) -> list[StoredBlock]:
+        """Return the longest run of stored blocks from the first of ``keys`` on.
+
+        Args:
+            keys: Chained keys of a prompt's blocks, first to last.
+            exact_only: Stop at the first block that is not bit for bit what a cold prefill makes.
+        """
+        self._enter()
+        keys = list(keys)
+        result: list[StoredBlock] = []
+        here = self._cpu.contains(keys) if self._cpu is not None else [None] * len(keys)
+        fits = [info is not None and (info.exact or not exact_only) for info in here]
+        on_disk: dict[bytes, BlockInfo] = {}
+        if self._disk is not None and not all(fits):
+            with self._quiet("lookup"):
+                on_disk = self._disk.catalog.get([key for key, fit in zip(keys, fits, strict=True) if not fit])
+        for key, info, fit in zip(keys, here, fits, strict=True):
+            if fit and info is not None:
+                result.append(StoredBlock(info, "cpu"))
+                continue
+            found = on_disk.get(key)
+            if found is None or (exact_only and not found.exact):
+                break
+            result.append(StoredBlock(found, "disk"))
+        return result
+
+    def find_tail(self, parent: bytes, ids: TokenIds) -> tuple[StoredBlock, int] | None:
+        """Return the block after ``parent`` that shares the most leading tokens with ``ids``.
+
+        Args:
+            parent: Key of the last block that matched whole, or the root.
+            ids: The tokens that follow; may be longer than a block.
+
+        Returns:
+            The block and how many tokens it shares, at least `PROBE_TOKENS`; None when there is none.
+        """
+        self._enter()
+        if len(ids) < PROBE_TOKENS:
+            return None
+        probe = probe_of(parent, ids)
+        candidates: dict[bytes, StoredBlock] = {}
+        if self._disk is not None:
+            with self._quiet("find_tail"):
+                candidates = {info.key: StoredBlock(info, "disk") for info in self._disk.tails(parent, probe)}
+        if self._cpu is not None:
+            candidates |= {info.key: StoredBlock(info, "cpu") for info in self._cpu.tails(parent, probe)}
+        best: tuple[StoredBlock, int] | None = None
+        best_rank: tuple[int, bool, bool, int] | None = None
+        for stored in candidates.values():
+            own = self._token_ids(stored.info.key)
+            if own is None:
+                continue
+            n = min(len(own), len(ids))
+            differs = np.flatnonzero(own[:n] != ids[:n])
+            shared = int(differs[0]) if len(differs) else n
+            # Among equals the exact one, then the faster one, then the shorter: less to read.
+            rank = (shared, stored.info.exact, stored.tier == "cpu", -stored.info.n_tokens)
+            if shared >= PROBE_TOKENS and (best_rank is None or rank > best_rank):
+                best, best_rank = (stored, shared), rank
+        return best
+
+    def token_ids(self, key: bytes) -> TokenIds | None:
+        """Return the token ids of a stored block, or None when it is not here."""
+        self._enter()
+        return self._token_ids(key)
+
+    def _token_ids(self, key: bytes) -> TokenIds | None:
+        block = self._cpu.get(key) if self._cpu is not None else None
+        if block is not None:
+            return block.token_ids
+        with self._lock:
+            ids = self._ids.get(key)
+            if ids is not None:
+                self._ids.move_to_end(key)
+                return ids
+        if self._disk is None:
+            return None
+        ids = self._disk.read_ids(key)
+        if ids is not None:
+            # Kept without asking whether the block still is here: a key stands for its ids for ever.
+            with self._lock:
+                self._ids[key] = ids
+                while len(self._ids) > _IDS_KEPT:
+                    self._ids.popitem(last=False)
+        return ids
+
+    def children(self, parent: bytes) -> list[BlockInfo]:
+        """Return what is known of every stored block that follows ``parent``."""
+        self._enter()
+        found: dict[bytes, BlockInfo] = {}
+        if self._disk is not None:
+            with self._quiet("children"):
+                found = {info.key: info for info in self._disk.catalog.children(parent)}
+        if self._cpu is not None:
+            found |= {info.key: info for info in self._cpu.children(parent)}
+        return list(found.values())
+
+    def why_missing(self, key: bytes) -> str | None:
+        """Return ``"evicted"``, ``"quarantined"`` or ``"removed"`` for a block that was here once, or None."""
+        self._enter()
+        reason = None
+        if self._catalog is not None:
+            with self._quiet("why_missing"):
+                reason = self._catalog.why_missing(key)
+        return reason
+
+    # -- reading and writing -----------------------------------------------------------------------
+
+    def open(self, key: bytes, *, exact_only: bool = False) -> BlockSource | None:
+        """Open a block in the fastest tier that has it, or None when it is gone.
+
+        Args:
+            key: The block.
+            exact_only: Pass over a copy that is not exact.
+        """
+        self._enter()
+        for tier in (self._cpu, self._disk):
+            source: BlockSource | None = tier.open(key) if tier is not None else None
+            if source is None:
+                continue
+            if exact_only and not source.info.exact:
+                source.close()
+                continue
+            counts = self._tier_hits[source.tier]
+            counts[0] += 1
+            counts[1] += source.info.n_tokens
+            if source.tier == "disk" and self._catalog is not None:
+                self._catalog.hit_later(key)
+            return source
+        return None
+
+    def put(self, block: Block) -> None:
+        """Keep a block: in memory now, on disk soon after.
+
+        It waits when blocks come faster than the disk takes them and memory is full. Trouble with the
+        disk does not raise; see `take_problems`.
+        """
+        self._enter()
+        with self._quiet("put"):
+            self._writer.put(block)
+
+    def promote(self, keys: Iterable[bytes]) -> None:
+        """Have blocks on disk copied into host memory in the background, as far as they fit."""
+        self._enter()
+        self._writer.promote(keys)
+
+    def touch(self, keys: Iterable[bytes]) -> None:
+        """Mark a prefix (root side first) as used now; it will be evicted later than others."""
+        self._enter()
+        keys = list(keys)
+        if self._cpu is not None:
+            self._cpu.touch(keys)
+        disk = self._writable()
+        if disk is not None:
+            disk.touch(keys)
+            self._writer.note_touches()
+
+    def discard(self, key: bytes, reason: str) -> None:
+        """Drop a block that turned out to be wrong; its file is kept aside as evidence."""
+        self._enter()
+        if self._cpu is not None:
+            self._cpu.remove([key])
+        if self._disk is not None:
+            with self._quiet("discard"):
+                self._disk.quarantine(key, reason)
+
+    def reserve(self, owner: str, nbytes: int) -> None:
+        """Count bytes of a live cache against the budget of host memory; 0 gives them back."""
+        self._enter()
+        if self._cpu is not None:
+            self._cpu.reserve(owner, nbytes)
+
+    def take_problems(self) -> list[str]:
+        """Return what went wrong since the last call, each kind of problem once."""
+        return self._problems.take()
+
+    # -- namespaces and notes ----------------------------------------------------------------------
+
+    def register_namespace(self, digest: bytes, fields: dict[str, Any]) -> None:
+        """Keep the readable parts of a model's fingerprint, so that a miss can be explained.
+
+        Args:
+            digest: 32-byte fingerprint.
+            fields: What it was made of, as JSON values.
+        """
+        self._enter()
+        self._spaces[digest] = dict(fields)
+        disk = self._writable()
+        if disk is not None:
+            with self._quiet("register_namespace"):
+                disk.catalog.add_namespace(digest, fields)
+                path = disk.root / "namespaces" / f"{digest.hex()}.json"
+                text = json.dumps(fields, indent=1, sort_keys=True, default=str).encode()
+                if not path.exists():
+                    write_file(path, [memoryview(text)])
+
+    def namespaces(self) -> dict[bytes, dict[str, Any]]:
+        """Return the fields of every fingerprint that has blocks here, by digest."""
+        self._enter()
+        result: dict[bytes, dict[str, Any]] = {}
+        if self._catalog is not None:
+            with self._quiet("namespaces"):
+                result = self._catalog.namespaces()
+        return result | self._spaces
+
+    def get_note(self, digest: bytes, name: str) -> Any | None:
+        """Return a value kept for a model by `set_note`, or None."""
+        self._enter()
+        if self._catalog is not None:
+            with self._quiet("get_note"):
+                value = self._catalog.note(digest, name)
+                if value is not None:
+                    return value
+        return self._notes.get((digest, name))
+
+    def set_note(self, digest: bytes, name: str, value: Any) -> None:
+        """Keep a JSON value for a model: a measured speed, a verdict."""
+        self._enter()
+        self._notes[digest, name] = value
+        if self._catalog is not None and not self._read_only:
+            with self._quiet("set_note"):
+                self._catalog.set_note(digest, name, value)
+
+    # -- end ---------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything put so far is on disk.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            False when time ran out.
+        """
+        self._enter()
+        return self._flush(timeout)
+
+    def _flush(self, timeout: float | None = None) -> bool:
+        done = self._writer.flush(timeout)
+        if self._catalog is not None and not self._read_only:
+            with self._quiet("flush"):
+                self._catalog.flush_touches()
+        return done
+
+    def close(self) -> None:
+        """Write what is left and release everything; harmless when repeated."""
+        if self._closed:
+            return
+        self._enter()
+        self._writer.close()
+        self._flush()
+        self._closed = True
+        if self._catalog is not None:
+            self._catalog.close()
+        if self._cpu is not None:
+            self._cpu.clear()
+
+    def __enter__(self) -> KVStore:
+        """Return the store itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the store."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Return one line."""
+        where = "memory only" if self.path is None else repr(str(self.path))
+        return f"KVStore({where}{', read-only' if self._read_only else ''}{', closed' if self._closed else ''})"

@@ -1,0 +1,113 @@
+"""Opening the folder of a store: created, found, found read-only, or repaired."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvembed._catalog import Catalog
+from kvembed._errors import ConfigError, StoreReadOnlyError
+from kvembed._paths import make_private_dir, store_dir
+
+__all__ = ["CATALOG_NAME", "OpenedFolder", "open_folder"]
+
+CATALOG_NAME = "kvembed.db"
+_FOLDERS = ("blocks", "namespaces", "quarantine")
+
+
+@dataclass
+class OpenedFolder:
+    """A store's folder, ready for use.
+
+    Args:
+        path: The folder.
+        catalog: Its catalog, or None when it cannot be used.
+        read_only: Nothing may be written.
+        warnings: What the user should be told.
+        writer: Name and version recorded in files.
+    """
+
+    path: Path
+    catalog: Catalog | None
+    read_only: bool
+    warnings: list[str] = field(default_factory=list)
+    writer: str = "kvembed"
+
+
+def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None) -> OpenedFolder:
+    """Open the folder of a store; see `kvembed.KVStore` for the arguments and errors."""
+    folder = store_dir() if path is None else Path(path).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; a store needs a folder, pass another path to KVStore")
+    result = OpenedFolder(folder, None, bool(read_only), writer=_writer_name())
+    if not read_only:
+        error = _prepare(folder)
+        if error is not None:
+            if read_only is False or not (folder / CATALOG_NAME).is_file():
+                raise StoreReadOnlyError(
+                    f"{folder} cannot be written ({error.strerror}); pass another path to KVStore, "
+                    "or max_disk_bytes=None to keep blocks in memory only"
+                ) from error
+            result.read_only = True
+            result.warnings.append(
+                f"{folder} cannot be written ({error.strerror}); opened read-only, nothing is stored"
+            )
+    if result.read_only:
+        _open_read_only(result)
+    else:
+        _open_writable(result)
+    return result
+
+
+def _writer_name() -> str:
+    from kvembed import __version__
+
+    return f"kvembed {__version__}"
+
+
+def _prepare(folder: Path) -> OSError | None:
+    """Create what is missing; return the error of a folder that cannot be written."""
+    try:
+        make_private_dir(folder)
+        for name in _FOLDERS:
+            make_private_dir(folder / name)
+        # Tried out, not asked: os.access says yes to root on a read-only mount.
+        probe = folder / f".probe.{os.getpid()}.tmp"
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o600))
+        probe.unlink()
+    except OSError as error:
+        return error
+    return None
+
+
+def _open_read_only(result: OpenedFolder) -> None:
+    path = result.path / CATALOG_NAME
+    if not path.is_file():
+        raise StoreReadOnlyError(f"{result.path} holds no store to open read-only; pass the path of one")
+    try:
+        result.catalog = Catalog(path, read_only=True)
+    except sqlite3.DatabaseError as error:
+        result.warnings.append(f"{path} cannot be read ({error}); blocks on disk are not used")
+
+
+def _open_writable(result: OpenedFolder) -> None:
+    from kvembed._rebuild import has_blocks, rebuild
+
+    path = result.path / CATALOG_NAME
+    problem = ""
+    try:
+        if path.exists() or not has_blocks(result.path):
+            result.catalog = Catalog(path)
+            return
+        problem = "is missing"
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise StoreReadOnlyError(
+                f"{path} cannot be opened ({error}); close other users of the folder or pass another path to KVStore"
+            ) from error
+        problem = f"is not usable ({error})"
+    found = rebuild(result.path)
+    result.catalog = Catalog(path)
+    result.warnings.append(f"{path} {problem}; it was made again from {found} block files")

@@ -1,0 +1,130 @@
+"""`KVStore.verify`: the folder of a store checked from both sides."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvembed._blockfile import read_block
+from kvembed._errors import BlockFormatError
+from kvembed._files import disk_usage, is_temp_name, unlink_quietly
+from kvembed._rebuild import block_files, read_row
+from kvembed._store_types import VerifyReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvembed._tiers.disk import DiskTier
+
+__all__ = ["verify_folder"]
+
+_TEMP_AGE_S = 60.0  # a younger temporary file may be one that another process is writing
+
+
+class _Findings:
+    def __init__(self, fix: bool) -> None:
+        self.fix = fix
+        self.problems: list[str] = []
+        self.fixed = 0
+
+    def add(self, problem: str, repair: Callable[[], object] | None = None) -> None:
+        self.problems.append(problem)
+        if self.fix and repair is not None:
+            repair()
+            self.fixed += 1
+
+
+def verify_folder(disk: DiskTier, fix: bool, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check a store's folder; see `kvembed.KVStore.verify`."""
+    findings = _Findings(fix)
+    rows = {row.info.key: row for row in disk.catalog.rows()}
+    files = [Path(entry.path) for entry in block_files(disk.root)]
+    blocks = nbytes = 0
+    present: set[bytes] = set()
+    for done, path in enumerate(files, 1):
+        key = _key_of(disk, path)
+        if key is None:
+            _stray(path, findings)
+        else:
+            present.add(key)
+            size = _check_file(disk, path, key, key in rows, findings)
+            if size is not None:
+                blocks, nbytes = blocks + 1, nbytes + size
+                row = rows.get(key)
+                if row is not None and row.file_bytes != disk_usage(size):
+                    findings.add(
+                        f"{path.name}: its size in the catalog is wrong",
+                        lambda p=path: disk.catalog.insert([read_row(p)]),
+                    )
+        if on_progress is not None:
+            on_progress(done, len(files))
+    for key in rows.keys() - present:
+        # Looked at again: another process may have evicted or written it meanwhile.
+        if disk.catalog.row(key) is not None and not disk.path(key).exists():
+            findings.add(
+                f"{key.hex()[:12]}: in the catalog, but its file is gone", lambda k=key: disk.catalog.delete([k])
+            )
+    _check_modes(disk, files, findings)
+    return VerifyReport(blocks, nbytes, tuple(findings.problems), findings.fixed)
+
+
+def _key_of(disk: DiskTier, path: Path) -> bytes | None:
+    try:
+        key = bytes.fromhex(path.name.removesuffix(".safetensors"))
+    except ValueError:
+        return None
+    return key if len(key) == 32 and disk.path(key) == path else None
+
+
+def _stray(path: Path, findings: _Findings) -> None:
+    if not is_temp_name(path.name):
+        findings.add(f"{path.name}: not a file of the store (left alone)")
+        return
+    try:
+        age = time.time() - path.lstat().st_mtime
+    except FileNotFoundError:
+        return
+    if age > _TEMP_AGE_S:
+        findings.add(f"{path.name}: left over from a write that was cut off", lambda: unlink_quietly(path))
+
+
+def _check_file(disk: DiskTier, path: Path, key: bytes, has_row: bool, findings: _Findings) -> int | None:
+    try:
+        block = read_block(path)
+        size = path.lstat().st_size
+        if block.key != key:
+            raise BlockFormatError("it holds another block")
+    except FileNotFoundError:
+        return None  # evicted by another process since the folder was listed
+    except BlockFormatError as error:
+        reason = str(error)
+        findings.add(f"{path.name}: {reason}", lambda: disk.quarantine(key, reason))
+        return None
+    if not has_row and disk.catalog.row(key) is None:
+        findings.add(f"{path.name}: missing in the catalog", lambda: disk.catalog.insert([read_row(path)]))
+    return size
+
+
+def _check_modes(disk: DiskTier, files: list[Path], findings: _Findings) -> None:
+    if os.name == "nt":
+        return  # access is by lists there, inherited from the user's own folders
+    folders = {path.parent for path in files} | {disk.root / name for name in ("blocks", "namespaces", "quarantine")}
+    others = [
+        *(disk.root / "namespaces").glob("*"),
+        *(disk.root / "quarantine").glob("*"),
+        *disk.root.glob("kvembed.db*"),
+    ]
+    for path in [*sorted(folders), *files, *others]:
+        try:
+            info = path.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(info.st_mode) or not info.st_mode & 0o077:
+            continue
+        mode = 0o700 if stat.S_ISDIR(info.st_mode) else 0o600
+        findings.add(
+            f"{path.name}: others may read it (mode {stat.S_IMODE(info.st_mode):o})", lambda p=path, m=mode: p.chmod(m)
+        )
