@@ -1,0 +1,125 @@
+"""Which calls are handed to transformers untouched, and why.
+
+Only what is proved exact is reused. Everything else passes through with a reason a person can read; several of
+these go *silently wrong* in transformers when they are given a filled cache (assisted generation and prompt
+lookup never slice their first step; a cache as long as the prompt feeds the prompt twice).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["bypass_reason", "generation_value", "input_ids_of"]
+
+_KNOWN_ARGUMENTS = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "streamer",
+        "logits_processor",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "tokenizer",
+        "synced_gpus",
+        "logits_to_keep",
+        "trust_remote_code",
+    }
+)
+
+
+def generation_value(model: Any, generation_config: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """Return the value transformers will use for a generation parameter: argument, then config, then model."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    if generation_config is not None and getattr(generation_config, name, None) is not None:
+        return getattr(generation_config, name)
+    return getattr(getattr(model, "generation_config", None), name, None)
+
+
+def input_ids_of(inputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the prompt's ids, wherever the caller put them."""
+    return inputs if inputs is not None else kwargs.get("input_ids")
+
+
+def bypass_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
+    """Return why a ``generate()`` call cannot be served from blocks, or None when it can."""
+    return _input_reason(model, inputs, generation_config, kwargs) or _mode_reason(model, generation_config, kwargs)
+
+
+def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
+    import torch
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "encoder-decoder model: the prompt is in the encoder"
+    if kwargs.get("inputs_embeds") is not None:
+        return "inputs_embeds: there are no token ids to compare"
+    for name in ("past_key_values", "cache_params"):
+        if kwargs.get(name) is not None:
+            return f"{name}: the caller brings a cache of their own"
+    ids = input_ids_of(inputs, kwargs)
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        return "no two-dimensional input_ids"
+    if ids.shape[0] != 1:
+        return f"batch of {ids.shape[0]} prompts"
+    if ids.shape[1] == 0:
+        return "empty prompt"
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())):
+        return "attention_mask hides tokens or has another shape than input_ids"
+    if mask is None and _has_padding(model, generation_config, kwargs, ids):
+        return "the prompt contains the padding token and no attention_mask says what it means"
+    known = _KNOWN_ARGUMENTS
+    config = model.generation_config
+    for name, value in kwargs.items():
+        if value is None or name in known or hasattr(config, name):
+            continue
+        if name == "token_type_ids" and not bool(value.any()):
+            continue
+        return f"argument {name!r}"
+    return None
+
+
+def _has_padding(model: Any, generation_config: Any, kwargs: dict[str, Any], ids: torch.Tensor) -> bool:
+    """transformers masks padding tokens by itself when pad differs from eos."""
+    pad = generation_value(model, generation_config, kwargs, "pad_token_id")
+    eos = generation_value(model, generation_config, kwargs, "eos_token_id")
+    eos_ids = eos if isinstance(eos, list | tuple) else [eos]
+    return pad is not None and pad not in eos_ids and bool((ids == pad).any())
+
+
+def _mode_reason(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
+    def value(name: str) -> Any:
+        return generation_value(model, generation_config, kwargs, name)
+
+    if value("use_cache") is False:
+        return "use_cache=False"
+    if value("cache_implementation") not in (None, "dynamic"):
+        return f"cache_implementation={value('cache_implementation')!r}"
+    for name, neutral in (("num_beams", 1), ("num_return_sequences", 1), ("num_beam_groups", 1)):
+        if value(name) not in (None, neutral):
+            return f"{name}={value(name)}"
+    for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
+        if kwargs.get(name) is not None:
+            return name
+    for name in (
+        "prompt_lookup_num_tokens",
+        "assistant_early_exit",
+        "penalty_alpha",
+        "dola_layers",
+        "force_words_ids",
+        "constraints",
+        "prefill_chunk_size",
+        "token_healing",
+        "output_attentions",
+        "output_hidden_states",
+    ):
+        if value(name):
+            return name
+    if value("guidance_scale") not in (None, 1, 1.0):
+        return f"guidance_scale={value('guidance_scale')}"
+    if kwargs.get("synced_gpus"):
+        return "synced_gpus"
+    return None

@@ -1,0 +1,191 @@
+"""Documents: a text that is prefilled once and asked many questions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvembed._errors import ConfigError, PromptError
+from kvembed._html import escape, mimebundle, panel
+from kvembed._keys import as_token_ids, block_key
+from kvembed._prompt import check_prompt, context_length, split_chat
+from kvembed._stream import stream_text
+from kvembed._units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from kvembed._keys import TokenIds
+    from kvembed._model import CachedModel
+    from kvembed._usage import Usage
+
+__all__ = ["Answer", "Document"]
+
+
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """The answer to one question.
+
+    Args:
+        text: The reply, without special tokens.
+        question: What was asked.
+        usage: What it cost.
+        prompt_ids: Ids of the whole prompt, int32: what plain transformers would be given.
+        token_ids: Ids of the reply, int32.
+    """
+
+    text: str
+    question: str
+    usage: Usage
+    prompt_ids: TokenIds
+    token_ids: TokenIds
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.text!r}>"
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        usage = self.usage._repr_mimebundle_()["text/html"]
+        body = f'<div style="white-space:pre-wrap;margin:.4em 0">{escape(self.text)}</div>'
+        return mimebundle(f"{self.text}\n[{self.usage}]", panel(self.question, body, usage), include, exclude)
+
+
+class Document:
+    """A text in a model's context, its KV kept. Made by `CachedModel.document`.
+
+    Attributes:
+        name: What it is called.
+        prefix_ids: Ids of everything before a question, int32: the same for every question.
+        usage: What preparing it cost.
+    """
+
+    def __init__(self, model: CachedModel, name: str, prefix_ids: TokenIds, after: str, usage: Usage) -> None:
+        self._model = model
+        self._after = after
+        self.name = name
+        self.prefix_ids = prefix_ids
+        self.usage = usage
+
+    @classmethod
+    def prepare(
+        cls, model: CachedModel, source: str | os.PathLike[str], *, name: str | None, system: str | None, pin: bool, progress: Any
+    ) -> Document:
+        """Read, tokenise and prefill; see `CachedModel.document`."""
+        text, found_name = _read(source)
+        if not text.strip():
+            raise PromptError("the document is empty")
+        before, after, has_special = split_chat(model.tokenizer, text, system)
+        ids = as_token_ids(model.tokenizer(before, add_special_tokens=not has_special)["input_ids"])
+        limit = context_length(model.hf_model)
+        if limit is not None and len(ids) >= limit:
+            raise PromptError(
+                f"the document has {len(ids):,} tokens, but the model's context is {limit:,}: split it, or use a model "
+                "with a longer context"
+            )
+        check_prompt(model.hf_model, ids)
+        if model.support is None:
+            usage = model.prefill(ids, progress=progress)
+        else:
+            usage = model.usage
+        document = cls(model, name or found_name, ids, after, usage)
+        if pin:
+            document.pin()
+        return document
+
+    @property
+    def tokens(self) -> int:
+        """Tokens before the question."""
+        return len(self.prefix_ids)
+
+    def prompt_ids(self, question: str) -> TokenIds:
+        """Return the ids of the whole prompt for one question, int32.
+
+        The question is tokenised apart from the document, so that its first characters cannot change the
+        document's last token.
+        """
+        if not question.strip():
+            raise PromptError("the question is empty")
+        suffix = self._model.tokenizer(question + self._after, add_special_tokens=False)["input_ids"]
+        return as_token_ids(np.concatenate([self.prefix_ids, as_token_ids(suffix)]))
+
+    def ask(self, question: str, *, max_new_tokens: int = 256, **kwargs: Any) -> Answer:
+        """Answer one question.
+
+        Args:
+            question: The question.
+            max_new_tokens: Most tokens of the answer.
+            **kwargs: Further arguments of ``generate()``; greedy unless ``do_sample=True``.
+
+        Raises:
+            PromptError: The question is empty, or does not fit the context with the document.
+        """
+        ids = self.prompt_ids(question)
+        check_prompt(self._model.hf_model, ids, max_new_tokens)
+        prompt = torch.from_numpy(ids.astype(np.int64))[None].to(self._model.hf_model.device)
+        arguments = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
+        with self._model._lock:
+            result = self._model.generate(prompt, **arguments)
+            usage = self._model.usage
+        reply = as_token_ids(getattr(result, "sequences", result)[0, len(ids) :].cpu().numpy())
+        text = self._model.tokenizer.decode(reply, skip_special_tokens=True)
+        return Answer(text=text, question=question, usage=usage, prompt_ids=ids, token_ids=reply)
+
+    def stream(self, question: str, *, max_new_tokens: int = 256, **kwargs: Any) -> Iterator[str]:
+        """Answer one question piece by piece; arguments as for `ask`. ``model.usage`` is set at the end."""
+        ids = self.prompt_ids(question)
+        check_prompt(self._model.hf_model, ids, max_new_tokens)
+        return stream_text(self._model, ids, max_new_tokens, {"do_sample": False, **kwargs})
+
+    def _keys(self) -> list[bytes]:
+        """Keys of all blocks of the document, its last, shorter one included."""
+        engine = self._model._engine
+        size, key, keys = engine.block_size, engine.root, []
+        for start in range(0, len(self.prefix_ids), size):
+            key = block_key(key, np.ascontiguousarray(self.prefix_ids[start : start + size]))
+            keys.append(key)
+        return keys
+
+    def pin(self) -> None:
+        """Keep the document's blocks when others are evicted, under its name."""
+        if self._model.support is not None:
+            raise ConfigError(f"nothing to pin: {self._model.support}")
+        self._model.store.pin(self._keys(), self.name)
+
+    def unpin(self) -> None:
+        """Let the document's blocks be evicted like any others."""
+        self._model.store.unpin(self.name)
+
+    def __repr__(self) -> str:
+        size = format_bytes(self.tokens * self._model._engine.spec.token_nbytes) if self._model._engine.spec else "none"
+        return f"<Document {self.name!r}: {format_count(self.tokens)} tokens, {size} of KV>"
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        usage = self.usage._repr_mimebundle_()["text/html"]
+        return mimebundle(repr(self), panel(repr(self)[1:-1], usage), include, exclude)
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the text and a name for it."""
+    is_path = isinstance(source, os.PathLike)
+    if not is_path and (len(source) > 4096 or "\n" in source or not Path(source).is_file()):
+        return source, " ".join(source.split()[:6])[:48]
+    path = Path(source)
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except FileNotFoundError as error:
+        raise ConfigError(f"no file {str(path)!r}: pass the text itself, or the path of an existing text file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name!r} is not UTF-8 text: convert it to text first") from error
+    except OSError as error:
+        raise ConfigError(f"{path.name!r} cannot be read: {error.strerror or error}") from error

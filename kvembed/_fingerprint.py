@@ -1,0 +1,241 @@
+"""Fingerprint: everything that changes the KV a model computes, as readable fields and one digest.
+
+Peers key their caches by a model *name*; then an adapter, an edited weight or another dtype returns wrong text
+without an error. Here the key chain starts from a digest over
+
+* every parameter and buffer, all bytes (xxh3-128 on the CPU, a weighted sum modulo 2^64 on other devices),
+* the config (rope, window and layer types included), module classes, hooks and active adapters,
+* dtype, device type, attention implementation, quantisation, cache layer kinds, block size,
+* versions of torch and transformers, and the processor's instruction set.
+
+The full checksum runs when a model is wrapped. Before each call `Fingerprint.changed` looks for edits in about a
+millisecond: version counters and data pointers see in-place operations, loading and casting; eight sampled words
+of every tensor see what those miss (``param.data += ...``, NumPy writes: how adapters are merged). What it cannot
+see is an edit through ``.data`` or NumPy that touches none of the sampled words; `CachedModel.refresh` forces the
+full checksum.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import blake3
+import numpy as np
+import torch
+import xxhash
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["FORMAT", "Fingerprint", "describe_difference", "weights_checksum"]
+
+FORMAT = 1
+"""Version of the KV byte format; a new one makes every older block a miss."""
+
+_SAMPLED_WORDS = 8
+_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all parameters and buffers once, with their names (tied ones under the first name)."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _flat_bytes(tensor: torch.Tensor) -> np.ndarray:
+    flat = tensor.detach().contiguous().view(-1)
+    if not flat.numel():
+        return np.empty(0, np.uint8)
+    return flat.view(torch.uint8).numpy()
+
+
+def _device_checksum(tensor: torch.Tensor) -> bytes:
+    """Order-sensitive checksum computed where the tensor lives; only eight bytes cross the bus."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = data.numel() // 8
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    if words:
+        body = data[: words * 8].view(torch.int64)
+        # 2^22 words at a time bounds the memory of the weights; odd weights lose no bit of any word.
+        for start in range(0, words, 1 << 22):
+            part = body[start : start + (1 << 22)]
+            index = torch.arange(start, start + part.numel(), dtype=torch.int64, device=tensor.device)
+            weight = ((index * -7046029254386353131) ^ (index >> 7)) | 1
+            total += (part * weight).sum()
+    tail = data[words * 8 :].cpu().numpy().tobytes()
+    return int(total.item()).to_bytes(8, "little", signed=True) + tail
+
+
+def weights_checksum(model: torch.nn.Module) -> str:
+    """Return a hex checksum over all bytes of all parameters and buffers."""
+    total = xxhash.xxh3_128()
+    for name, tensor in _tensors(model):
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.device.type == "meta":
+            total.update(b"meta")
+        elif tensor.device.type == "cpu":
+            total.update(_flat_bytes(tensor) if type(tensor.data) is torch.Tensor else _opaque_bytes(tensor))
+        else:
+            total.update(_device_checksum(tensor))
+    return total.hexdigest()
+
+
+def _opaque_bytes(tensor: torch.Tensor) -> bytes:
+    """Bytes of a tensor subclass (packed quantised weights), by way of what it shows as values."""
+    return _flat_bytes(torch.as_tensor(tensor.dequantize() if hasattr(tensor, "dequantize") else tensor)).tobytes()
+
+
+def _config_text(config: Any) -> str:
+    fields = config.to_dict()
+    for name in _NOISE:
+        fields.pop(name, None)
+    return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _module_states(model: torch.nn.Module) -> str:
+    """Class, hooks and adapter switches of every module: what changes a forward without changing a weight."""
+    parts = []
+    for name, module in model.named_modules():
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        entry = f"{name}:{type(module).__qualname__}"
+        if any(hooks):
+            entry += f":hooks{hooks}"
+        adapter = {
+            key: repr(module.__dict__[key])
+            for key in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+            if key in module.__dict__
+        }
+        if adapter:
+            entry += f":{adapter}"
+        parts.append(entry)
+    return "\n".join(parts)
+
+
+def _adapters(model: torch.nn.Module) -> str:
+    active = sorted(
+        {str(m.__dict__["_active_adapter"]) for m in model.modules() if "_active_adapter" in m.__dict__}
+        | {f"merged {m.__dict__['merged_adapters']}" for m in model.modules() if m.__dict__.get("merged_adapters")}
+    )
+    return ", ".join(active) or "none"
+
+
+class Fingerprint:
+    """Identity of one model as it is now.
+
+    Args:
+        model: The transformers model.
+        attn_implementation: What the user chose (kvembed's own name never enters).
+        cache_kinds: One word per cache layer.
+        block_size: Tokens of a full block.
+
+    Attributes:
+        fields: Readable parts, each a string; compared to say *why* another model's blocks do not serve.
+        digest: 32 bytes, BLAKE3 over ``fields``.
+    """
+
+    def __init__(self, model: Any, attn_implementation: str, cache_kinds: list[str], block_size: int) -> None:
+        self._model = model
+        self._extra = (attn_implementation, cache_kinds, block_size)
+        self._compute()
+
+    def _compute(self) -> None:
+        model = self._model
+        attn, kinds, block_size = self._extra
+        quantisation = getattr(model.config, "quantization_config", None)
+        device = next(iter(_tensors(model)))[1].device
+        processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
+        config = _config_text(model.config)
+        self.fields: dict[str, str] = {
+            "weights": weights_checksum(model),
+            "model_class": type(model).__qualname__,
+            "name": str(getattr(model.config, "_name_or_path", "")),
+            "config": blake3.blake3(config.encode()).hexdigest()[:32],
+            "modules": blake3.blake3(_module_states(model).encode()).hexdigest()[:32],
+            "adapters": _adapters(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": attn,
+            "quantisation": "none" if quantisation is None else str(quantisation),
+            "cache": _compress(kinds),
+            "block_size": str(block_size),
+            "device": device.type,
+            "processor": processor,
+            "torch": torch.__version__,
+            "transformers": _transformers_version(),
+            "format": str(FORMAT),
+        }
+        # The name is for people: the same weights under another folder name are the same model.
+        identity = {k: v for k, v in self.fields.items() if k != "name"}
+        self.digest = blake3.blake3(json.dumps(identity, sort_keys=True).encode()).digest()
+        self._remember()
+
+    def _remember(self) -> None:
+        tensors = [t for _, t in _tensors(self._model)]
+        self._modules = list(self._model.modules())
+        self._seen = self._scan(tensors)
+        self._views = [_sample_view(t) for t in tensors]
+        self._sample = self._sampled()
+
+    def _scan(self, tensors: list[torch.Tensor]) -> list[tuple[int, int, int]]:
+        return [(id(t), _version(t), t.data_ptr() if t.device.type != "meta" else 0) for t in tensors]
+
+    def _sampled(self) -> int:
+        return xxhash.xxh3_64_intdigest(b"".join(v.tobytes() for v in self._views if v is not None))
+
+    def changed(self, attn_implementation: str) -> bool:
+        """Return True when the model may compute other KV than the digest says."""
+        if attn_implementation != self._extra[0]:
+            return True
+        tensors = [t for _, t in _tensors(self._model)]
+        if self._scan(tensors) != self._seen or self._sampled() != self._sample:
+            return True
+        fields = self.fields
+        return (
+            blake3.blake3(_module_states(self._model).encode()).hexdigest()[:32] != fields["modules"]
+            or blake3.blake3(_config_text(self._model.config).encode()).hexdigest()[:32] != fields["config"]
+        )
+
+    def refresh(self, attn_implementation: str) -> None:
+        """Compute the full checksum again."""
+        self._extra = (attn_implementation, *self._extra[1:])
+        self._compute()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Inference tensors keep no version counter.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _sample_view(tensor: torch.Tensor) -> np.ndarray | None:
+    """Return a view of a few words spread over the tensor's memory, or None where the CPU cannot see it."""
+    if tensor.device.type != "cpu" or type(tensor.data) is not torch.Tensor or not tensor.is_contiguous():
+        return None
+    flat = _flat_bytes(tensor)
+    step = max(8, len(flat) // _SAMPLED_WORDS // 8 * 8)
+    usable = len(flat) // 8 * 8
+    # Eight bytes at every step: still a view, so it follows the memory.
+    return np.lib.stride_tricks.as_strided(
+        flat, shape=(max(0, -(-(usable - 7) // step)), 8), strides=(step, 1), writeable=False
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _transformers_version() -> str:
+    import transformers
+
+    return transformers.__version__
+
+
+def _compress(kinds: list[str]) -> str:
+    """Return ``"full x30"`` rather than thirty words."""
+    return ", ".join(f"{kind} x{kinds.count(kind)}" for kind in dict.fromkeys(kinds)) + (
+        "" if len(set(kinds)) < 2 else f" in order {blake3.blake3(repr(kinds).encode()).hexdigest()[:8]}"
+    )
+
+
+def describe_difference(stored: dict[str, Any], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Return the fields in which two fingerprints differ, as (stored, now); the name never counts."""
+    return {k: (str(stored.get(k, "?")), v) for k, v in now.items() if k != "name" and str(stored.get(k, "?")) != v}

@@ -1,0 +1,118 @@
+"""Live sequences: the caches of the last few calls, kept whole as the fastest tier.
+
+A follow-up turn takes its cache over, cut back to the shared prefix, and copies nothing. A prompt that shares only
+a small part of a live sequence gets a copy of that part, so that the longer conversation stays live.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvembed import hf
+
+if TYPE_CHECKING:
+    from kvembed._keys import TokenIds
+
+__all__ = ["LivePool", "LiveSequence", "common_prefix"]
+
+
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """Return how many leading tokens two id arrays share."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+@dataclass(eq=False)
+class LiveSequence:
+    """A cache of ours and what it stands for.
+
+    Args:
+        cache: The `DynamicCache` with our layers.
+        root: Root key: model fingerprint and salt.
+        ids: Token ids whose KV the cache holds.
+        exact: Leading tokens whose KV is bit for bit that of a cold grid prefill; a multiple of the block size.
+        captured: Leading tokens that are in stored blocks; a multiple of the block size.
+    """
+
+    cache: Any
+    root: bytes
+    ids: TokenIds
+    exact: int = 0
+    captured: int = 0
+    keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return hf.cache_nbytes(self.cache)
+
+    def cut(self, length: int, block_size: int) -> None:
+        """Keep the first ``length`` tokens."""
+        hf.truncate(self.cache, length)
+        self.ids = self.ids[:length]
+        edge = length // block_size * block_size
+        self.exact = min(self.exact, edge)
+        self.captured = min(self.captured, edge)
+        del self.keys[length // block_size :]
+
+    def can_keep(self, length: int, block_size: int) -> bool:
+        """True when every layer still holds what ``length`` tokens need."""
+        whole_from = length // block_size * block_size
+        return all(layer.can_keep(length, whole_from) for layer in self.cache.layers)
+
+
+class LivePool:
+    """The most recent sequences, newest first.
+
+    Args:
+        max_sequences: How many to keep.
+        max_bytes: How many bytes to keep.
+    """
+
+    def __init__(self, max_sequences: int, max_bytes: int) -> None:
+        self.max_sequences = max_sequences
+        self.max_bytes = max_bytes
+        self._sequences: list[LiveSequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all of them."""
+        return sum(s.nbytes for s in self._sequences)
+
+    def best(self, root: bytes, ids: TokenIds, *, exact_only: bool, block_size: int) -> tuple[LiveSequence | None, int]:
+        """Return the sequence sharing the longest usable prefix with ``ids``, and its length."""
+        found, longest = None, 0
+        for sequence in self._sequences:
+            if sequence.root != root:
+                continue
+            n = common_prefix(sequence.ids, ids)
+            if exact_only:
+                n = min(n // block_size * block_size, sequence.exact)
+            if n > longest and sequence.can_keep(n, block_size):
+                found, longest = sequence, n
+        return found, longest
+
+    def of_root(self, root: bytes) -> list[LiveSequence]:
+        """Return the sequences of one model and salt, newest first."""
+        return [s for s in self._sequences if s.root == root]
+
+    def take(self, sequence: LiveSequence) -> None:
+        """Remove a sequence: a call is about to append to it."""
+        self._sequences.remove(sequence)
+
+    def add(self, sequence: LiveSequence) -> None:
+        """Add a sequence as the newest; the oldest go when there are too many."""
+        self._sequences.insert(0, sequence)
+        while self._sequences and (len(self._sequences) > self.max_sequences or self.nbytes > self.max_bytes):
+            self._sequences.pop()
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._sequences.clear()

@@ -1,0 +1,102 @@
+"""From what people pass as a prompt (text, messages, ids, a tensor) to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvembed._errors import ConfigError, PromptError
+from kvembed._keys import as_token_ids
+
+if TYPE_CHECKING:
+    from kvembed._keys import TokenIds
+
+__all__ = ["check_prompt", "context_length", "encode", "split_chat"]
+
+_MARK = "\u241fQUESTION\u241f"
+
+
+def encode(tokenizer: Any, prompt: Any) -> TokenIds:
+    """Return the ids of a prompt.
+
+    Args:
+        tokenizer: The model's tokenizer; not needed for ids.
+        prompt: Text; chat messages (dicts with ``role`` and ``content``, rendered with the chat template and
+            the start of a reply); a list or array of ids; or a tensor ``[n]`` or ``[1, n]``.
+
+    Raises:
+        PromptError: The prompt is of none of these kinds, or a batch.
+        ConfigError: Text without a tokenizer, or messages without a chat template.
+    """
+    if isinstance(prompt, str):
+        return as_token_ids(_need(tokenizer, "text")(prompt)["input_ids"])
+    if isinstance(prompt, Mapping):
+        prompt = prompt["input_ids"]
+    if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+        if not getattr(_need(tokenizer, "messages"), "chat_template", None):
+            raise ConfigError("the tokenizer has no chat template: pass text, or set tokenizer.chat_template")
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return as_token_ids(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if hasattr(prompt, "detach"):
+        prompt = prompt.detach().cpu().numpy()
+    ids = np.asarray(prompt)
+    if ids.size == 0:
+        return as_token_ids([])
+    if ids.dtype.kind not in "iu" or ids.ndim > 2 or (ids.ndim == 2 and ids.shape[0] != 1):
+        raise PromptError(
+            "a prompt is text, a list of messages, a list of token ids, or a tensor of shape [n] or [1, n]; "
+            f"got {type(prompt).__name__} of shape {ids.shape}"
+        )
+    return as_token_ids(ids)
+
+
+def _need(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise ConfigError(f"{what} needs a tokenizer: pass one to CachedModel(model, tokenizer), or pass token ids")
+    return tokenizer
+
+
+def context_length(model: Any) -> int | None:
+    """Return how many tokens the model was made for, or None when its config does not say."""
+    text_config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def check_prompt(model: Any, ids: TokenIds, max_new_tokens: int = 1) -> None:
+    """Raise `PromptError` for a prompt that is empty or does not fit."""
+    if len(ids) == 0:
+        raise PromptError("the prompt is empty: give at least one token")
+    limit = context_length(model)
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        raise PromptError(
+            f"the prompt has {len(ids):,} tokens and {max_new_tokens:,} more are to be generated, but the model's context "
+            f"is {limit:,} tokens: shorten the prompt, split the document, or use a model with a longer context"
+        )
+
+
+def split_chat(tokenizer: Any, document: str, system: str | None) -> tuple[str, str, bool]:
+    """Return the text before and after a question about ``document``, in the model's own chat format.
+
+    The template is rendered once around a marker and cut there, so that everything before the question is the
+    same for every question.
+
+    Returns:
+        Text before the question, text after it, and whether special tokens are already in the text.
+    """
+    _need(tokenizer, "a document")
+    if not getattr(tokenizer, "chat_template", None):
+        return f"{document}\n\nQuestion: ", "\nAnswer:", False
+    messages = [{"role": "user", "content": f"{document}\n\n{_MARK}"}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, mark, after = text.partition(_MARK)
+    if not mark:
+        raise ConfigError("the chat template does not show the user's text: set tokenizer.chat_template")
+    return before, after, True

@@ -1,0 +1,156 @@
+"""Restore: fill a cache from blocks, layer by layer, ahead of the compute that reads it.
+
+Readers take layers in order. Each layer of the cache waits at its first ``update()`` until its own rows are
+complete, so the first layers compute while the last ones are still being read. Every tensor is checked against its
+checksum as it arrives; a bad one stops the forward with `RestoreError` before any token exists, and the call
+starts again without that block.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvembed._errors import KVEmbedError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvembed._tiers._base import BlockSource
+
+__all__ = ["Piece", "Restore", "RestoreError"]
+
+_INLINE_BYTES = 2 << 20
+_READERS = 2
+
+
+class RestoreError(KVEmbedError):
+    """A block could not be read back; the call is repeated without it. Never leaves the package."""
+
+    def __init__(self, key: bytes, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a block to be restored: its first ``n_tokens`` tokens, at their own positions."""
+
+    source: BlockSource
+    n_tokens: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return self.source.info.start
+
+    @property
+    def end(self) -> int:
+        """Position after the last token restored."""
+        return self.start + self.n_tokens
+
+
+class Restore:
+    """One restore into one cache.
+
+    Args:
+        cache: A cache of ours: empty, or (without sliding layers) holding the tokens before the first piece.
+        pieces: What to read, in order of position, without gaps.
+        block_size: Tokens of a full block.
+    """
+
+    def __init__(self, cache: Any, pieces: Sequence[Piece], block_size: int) -> None:
+        self._cache = cache
+        self._pieces = list(pieces)
+        self._length = self._pieces[-1].end
+        self._firsts = [layer.begin_restore(self._length, self._length // block_size * block_size) for layer in cache.layers]
+        self._ready = [threading.Event() for _ in cache.layers]
+        self._lock = threading.Lock()
+        self._next = 0
+        self._error: RestoreError | None = None
+        self._threads: list[threading.Thread] = []
+        self._began = time.perf_counter()
+        self.seconds = 0.0
+        """Wall time from the start to the last byte (it overlaps with the compute)."""
+
+    @property
+    def length(self) -> int:
+        """Tokens the cache holds when the restore is complete."""
+        return self._length
+
+    def start(self) -> None:
+        """Begin reading; small restores finish here, larger ones in the background."""
+        for layer in self._cache.layers:
+            layer.hold(self)
+        nbytes = sum(p.source.layout.nbytes(p.n_tokens) for p in self._pieces)
+        if nbytes <= _INLINE_BYTES:
+            self._read_layers()
+            return
+        self._threads = [threading.Thread(target=self._read_layers, name="kvembed-restore", daemon=True) for _ in range(_READERS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _read_layers(self) -> None:
+        layers = self._cache.layers
+        while True:
+            with self._lock:
+                index, self._next = self._next, self._next + 1
+            if index >= len(layers) or self._error is not None:
+                break
+            self._read_layer(index)
+        self.seconds = max(self.seconds, time.perf_counter() - self._began)
+
+    def _read_layer(self, index: int) -> None:
+        layer, first = self._cache.layers[index], self._firsts[index]
+        try:
+            for piece in self._pieces:
+                start = max(piece.start, first)
+                if start >= piece.end:
+                    continue  # outside this layer's window
+                try:
+                    for i, name in enumerate(("k", "v")):
+                        layer.load_rows(name, piece.source, 2 * index + i, start, piece.end, start - piece.start)
+                except Exception as error:  # whatever it is, these rows must not be used
+                    self._error = self._error or RestoreError(piece.source.info.key, f"{type(error).__name__}: {error}")
+                    return
+        finally:
+            self._ready[index].set()
+            if self._error is not None:
+                for event in self._ready:
+                    event.set()
+
+    def wait(self, layer: int) -> None:
+        """Return when the rows of ``layer`` are complete.
+
+        Raises:
+            RestoreError: Some block could not be read.
+        """
+        self._ready[layer].wait()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait for the readers and release the blocks; raises `RestoreError` like `wait`."""
+        try:
+            for thread in self._threads:
+                thread.join()
+        finally:
+            self.close()
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Stop reading (the call is being abandoned) and release the blocks."""
+        with self._lock:
+            self._next = len(self._cache.layers)
+        for thread in self._threads:
+            thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Release the blocks."""
+        for piece in self._pieces:
+            piece.source.close()

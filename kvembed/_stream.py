@@ -1,0 +1,65 @@
+"""Text as it is generated: transformers runs in a thread, the caller iterates."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvembed._keys import TokenIds
+    from kvembed._model import CachedModel
+
+__all__ = ["stream_text"]
+
+
+def stream_text(model: CachedModel, ids: TokenIds, max_new_tokens: int, kwargs: dict[str, Any]) -> Iterator[str]:
+    """Yield pieces of the reply; an error of the generation is raised here, after the pieces before it.
+
+    Args:
+        model: The wrapped model.
+        ids: The prompt.
+        max_new_tokens: Most tokens to generate.
+        kwargs: Further arguments of ``generate()``.
+    """
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    cancel = threading.Event()
+    failure: list[BaseException] = []
+    prompt = torch.from_numpy(ids.astype("int64"))[None].to(model.hf_model.device)
+
+    def run() -> None:
+        try:
+            arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": max_new_tokens, **kwargs}
+            with model._lock:
+                model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel)
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            # Also after an error, or the reader would wait for ever.
+            streamer.text_queue.put(streamer.stop_signal)
+
+    thread = threading.Thread(target=run, name="kvembed-generate", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                piece = streamer.text_queue.get(timeout=1.0)
+            except queue.Empty:
+                if thread.is_alive():
+                    continue
+                break
+            if piece is streamer.stop_signal:
+                break
+            if piece:
+                yield piece
+    finally:
+        cancel.set()
+        thread.join()
+    if failure:
+        raise failure[0]
