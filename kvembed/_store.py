@@ -147,6 +147,21 @@ class KVStore(StoreAdmin):
     def _writable(self) -> DiskTier | None:
         return None if self._read_only else self._disk
 
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._closed
+
+    @property
+    def max_cpu_bytes(self) -> int:
+        """Budget in host memory, 0 when the tier is off."""
+        return self._cpu.max_bytes if self._cpu is not None else 0
+
+    @property
+    def max_disk_bytes(self) -> int:
+        """Budget on disk, 0 when the tier is off."""
+        return self._disk.max_bytes if self._disk is not None else 0
+
     # -- finding -----------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes], *, exact_only: bool = False) -> list[StoredBlock]:
