@@ -1,0 +1,89 @@
+"""A long real text that every Python has, questions about it, and plain transformers to compare with."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvembed._errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvembed._document import Document
+    from kvembed._model import CachedModel
+
+__all__ = ["QUESTIONS", "plain_generate", "reference_text", "trim_to_tokens", "unprepared_document"]
+
+# The statements the questions are about come first, so that a short document answers them too.
+_FIRST = ("assert", "pass", "lambda", "while", "with", "for", "try", "break", "continue", "global", "return")
+
+QUESTIONS = (
+    "What does the assert statement do?",
+    "What is the pass statement useful for?",
+    "What is a lambda expression?",
+    "How does the while statement work?",
+    "What is the with statement used for?",
+    "What does the for statement iterate over?",
+)
+
+
+def reference_text() -> str:
+    """Return the language reference that ``help()`` shows: about 470,000 characters of English and grammar."""
+    from pydoc_data.topics import topics
+
+    first = [name for name in _FIRST if name in topics]
+    return "\n\n".join(topics[name].strip() for name in [*first, *(name for name in topics if name not in first)])
+
+
+def trim_to_tokens(tokenizer: Any, text: str, tokens: int) -> str:
+    """Return the start of a text that has at most ``tokens`` tokens, cut at a line end where one is near."""
+    # Nine characters a token is more than English has; a whole reference would take a second to tokenise.
+    text = text[: tokens * 9]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) <= tokens:
+        return text
+    cut = tokenizer.decode(ids[:tokens])
+    # Decoding need not give the same characters back, so only the length is used.
+    cut = text[: len(cut)]
+    line = cut.rfind("\n")
+    return cut[:line] if line > len(cut) - 400 else cut
+
+
+def unprepared_document(model: CachedModel, text: str) -> Document:
+    """Return a document of which nothing was prefilled: its first question is a cold call."""
+    from kvembed._document import Document
+    from kvembed._keys import as_token_ids
+    from kvembed._prompt import split_chat
+    from kvembed._usage import Usage
+
+    if model.tokenizer is None:  # pragma: no cover
+        raise ConfigError("this model has no tokenizer")
+    before, after, has_special = split_chat(model.tokenizer, text, None)
+    ids = as_token_ids(model.tokenizer(before, add_special_tokens=not has_special)["input_ids"])
+    return Document(model, "sample", ids, after, Usage())
+
+
+def plain_generate(model: CachedModel, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
+    """Generate with transformers alone, greedily, on the very same weights.
+
+    Returns:
+        The new ids, and the seconds to the first of them.
+    """
+    import torch
+
+    from kvembed._call import Watch, with_watch
+
+    hf_model: Any = model.hf_model
+    prompt = torch.tensor([[int(t) for t in prompt_ids]], device=hf_model.device)
+    watch = Watch()
+    began = time.perf_counter()
+    result = hf_model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=with_watch(None, watch),
+    )
+    first = watch.first_token_at if watch.first_token_at is not None else time.perf_counter()
+    return result[0, prompt.shape[1] :].tolist(), first - began
