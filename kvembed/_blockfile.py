@@ -57,7 +57,7 @@ class EncodedBlock:
     def write(self, path: Path, *, sync: bool = False) -> None:
         """Write the file; see `kvembed._files.write_file`."""
         ids = self.block.token_ids
-        buffers = (memoryview(self._header), memoryview(self.block.data), memoryview(ids).cast("B"))
+        buffers = (memoryview(self._header), self.block.data.data, ids.data.cast("B"))
         write_file(path, buffers, sync=sync)
 
 
@@ -119,11 +119,11 @@ class BlockFileSource:
         if heads != spec.heads or width != spec.row_nbytes or rows.itemsize != 1 or not 0 <= skip <= total - n:
             raise ConfigError(f"rows {rows.shape} do not fit tensor {index} of a block of {total} tokens")
         if n == total:
-            self._read(index, [memoryview(rows)] if rows.flags.c_contiguous else [memoryview(head) for head in rows])
+            self._read(index, [rows.data] if rows.flags.c_contiguous else [head.data for head in rows])
             return
         # The checksum is of the whole tensor, so a part costs a read of all of it, through a buffer.
         whole = np.empty((heads, total, width), np.uint8)
-        self._read(index, [memoryview(whole)])
+        self._read(index, [whole.data])
         rows[:] = whole[:, skip : skip + n]
 
     def _read(self, index: int, buffers: Sequence[memoryview]) -> None:
@@ -142,7 +142,7 @@ class BlockFileSource:
             BlockFormatError: Some bytes are not those that were stored.
         """
         data = np.empty(self.info.nbytes, np.uint8)
-        view = memoryview(data)
+        view = data.data
         at = 0
         for index, spec in enumerate(self.layout.tensors):
             end = at + spec.nbytes(self.info.n_tokens)

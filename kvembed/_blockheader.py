@@ -99,7 +99,7 @@ def build_header(block: Block, created: float, writer: str) -> bytes:
     """
     info = block.info
     section = _tensor_section(block.layout, info.n_tokens)
-    data = memoryview(block.data)
+    data = block.data.data
     checksums: list[str] = []
     at = 0
     for spec in block.layout.tensors:

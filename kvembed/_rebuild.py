@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -110,10 +111,9 @@ def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) 
         names = [Path(entry.path) for entry in block_files(root) if entry.name.endswith(_SUFFIX)]
         rows: list[tuple[BlockInfo, bytes, int, float]] = []
         for done, name in enumerate(names, 1):
-            try:
+            # A bad file is left where it is: verify() names it.
+            with contextlib.suppress(BlockFormatError, OSError):
                 rows.append(read_row(name))
-            except (BlockFormatError, OSError):
-                pass  # left where it is: verify() names it
             if progress is not None:
                 progress(done, len(names))
         catalog.insert(rows)

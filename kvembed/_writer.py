@@ -191,7 +191,7 @@ class Writer:
             return
         if self._at_exit is None:
             # Weak: the hook must not keep the store of a long notebook alive.
-            reference = weakref.ref(self)
+            reference: weakref.ref[Writer] = weakref.ref(self)
             self._at_exit = lambda: _close_at_exit(reference)
             atexit.register(self._at_exit)
         thread = threading.Thread(target=self._run, name="kvembed-writer", daemon=True)
