@@ -40,14 +40,15 @@ def trim_to_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     """Return the start of a text that has at most ``tokens`` tokens, cut at a line end where one is near."""
     # Nine characters a token is more than English has; a whole reference would take a second to tokenise.
     text = text[: tokens * 9]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # verbose: "longer than the model can take" is not meant for text that is about to be cut.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) <= tokens:
         return text
     cut = tokenizer.decode(ids[:tokens])
     # Decoding need not give the same characters back, so only the length is used.
     cut = text[: len(cut)]
     line = cut.rfind("\n")
-    return cut[:line] if line > len(cut) - 400 else cut
+    return cut[:line] if line > max(0, len(cut) - 400) else cut
 
 
 def unprepared_document(model: CachedModel, text: str) -> Document:

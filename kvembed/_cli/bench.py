@@ -162,7 +162,7 @@ def register(app: typer.Typer) -> None:
                 if cached.support is not None:
                     raise UnsupportedModelError(f"kvembed cannot cache {model}: {cached.support}")
                 text = reference_text()[: (tokens + (suffix + 8) * 8) * rounds * 9]
-                ids = cached.tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids = cached.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 need = tokens + suffix * len(_CASES)
                 if len(ids) < need * rounds:
                     raise ConfigError(f"the sample text has {len(ids):,} tokens: lower --tokens or --rounds")
