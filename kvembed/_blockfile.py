@@ -161,9 +161,6 @@ def _opened(path: Path, *, portable: bool = False, keep: bool = False):
     file = random_access(fd, portable=portable)
     try:
         yield file, _read_header(file, size)
-    except OSError as error:
-        file.close()
-        raise BlockFormatError(f"cannot be read: {error.strerror}") from error
     except BaseException:
         file.close()
         raise
@@ -182,6 +179,7 @@ def open_block(path: Path, *, portable: bool = False) -> BlockFileSource:
     Raises:
         FileNotFoundError: There is no such file.
         BlockFormatError: It must not be used; the message says why.
+        OSError: It cannot be opened or read now.
     """
     with _opened(path, portable=portable, keep=True) as (file, header):
         return BlockFileSource(file, header, _read_ids(file, header))

@@ -12,13 +12,11 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvembed._block import BlockInfo
-from kvembed._errors import StoreClosedError
-from kvembed._schema import migrate
+from kvembed._connections import Connections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -56,24 +54,6 @@ class Counters:
     hit_tokens: int
 
 
-class _Connection:
-    """Closes its connection with the thread it belongs to, but never in a forked child."""
-
-    def __init__(self, db: sqlite3.Connection, kept: list[sqlite3.Connection]) -> None:
-        self.db = db
-        self.pid = os.getpid()
-        self._kept = kept
-
-    def close(self) -> None:
-        if self.pid == os.getpid():
-            self.db.close()
-        else:
-            # SQLite forbids even closing a connection that came through fork(); keep it referenced.
-            self._kept.append(self.db)
-
-    __del__ = close
-
-
 class Catalog:
     """The table of blocks on disk.
 
@@ -92,15 +72,12 @@ class Catalog:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self.read_only = read_only
-        self._local = threading.local()
-        self._kept: list[sqlite3.Connection] = []
-        self._open_connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self._closed = False
+        self._connections = Connections(path, read_only=read_only)
+        self._touch_lock = threading.Lock()
         self._touched: dict[bytes, float] = {}
         self._hits: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
-        self._immutable = False
         if not read_only:
             # SQLite would create it with the umask's mode; -wal and -shm take the mode of this file. Only
             # when it is missing: closing any descriptor of an open database drops its locks on POSIX.
@@ -111,53 +88,7 @@ class Catalog:
     # -- connections -------------------------------------------------------------------------------
 
     def _db(self) -> sqlite3.Connection:
-        if self._closed:
-            raise StoreClosedError("this store is closed; open it again with KVStore(path)")
-        held: _Connection | None = getattr(self._local, "held", None)
-        if held is None or held.pid != os.getpid():
-            held = self._local.held = _Connection(self._connect(), self._kept)
-            self._open_connections.add(held)
-        return held.db
-
-    def _connect(self) -> sqlite3.Connection:
-        if not self.read_only:
-            db = self._open("")
-            try:
-                migrate(db, str(self.path))
-            except BaseException:
-                db.close()
-                raise
-            return db
-        if not self._immutable:
-            try:
-                return self._check(self._open("?mode=ro"))
-            except sqlite3.OperationalError:
-                # A folder that cannot be written, without the -shm file that WAL readers share.
-                self._immutable = True
-        return self._check(self._open("?mode=ro&immutable=1"))
-
-    def _check(self, db: sqlite3.Connection) -> sqlite3.Connection:
-        try:
-            db.execute("SELECT count(*) FROM meta").fetchone()
-            migrate(db, str(self.path))
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _open(self, options: str) -> sqlite3.Connection:
-        uri = self.path.absolute().as_uri() + options
-        db = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        try:
-            if not self.read_only:
-                db.execute("PRAGMA journal_mode = WAL")
-                # A power cut may lose the last commits, never the database; lost rows are found again by
-                # the clean-up, since the files are the truth.
-                db.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            db.close()
-            raise
-        return db
+        return self._connections.get()
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
@@ -182,11 +113,26 @@ class Catalog:
                 db.execute("ROLLBACK")
             raise
 
+    def after_fork(self) -> None:
+        """Make the catalog usable in a forked child; what waits to be written is the parent's."""
+        self._touch_lock = threading.Lock()
+        self._touched, self._hits = {}, {}
+
+    def note_damage(self, error: BaseException) -> None:
+        """Have the catalog made again at the next opening, if ``error`` says that it is damaged."""
+        # The subclasses mean something else: locked, disk full, a mistake in the statement.
+        if type(error) is sqlite3.DatabaseError and not self.read_only:
+            with contextlib.suppress(OSError):
+                self.damage_mark(self.path).touch(mode=0o600)
+
+    @staticmethod
+    def damage_mark(path: Path) -> Path:
+        """Return the file whose presence says that the catalog at ``path`` is damaged."""
+        return path.with_name(f"{path.name}.damaged")
+
     def close(self) -> None:
         """Close the connections of every thread; harmless when repeated."""
-        self._closed = True
-        for held in list(self._open_connections):
-            held.close()
+        self._connections.close()
 
     # -- namespaces and notes ----------------------------------------------------------------------
 
@@ -315,9 +261,6 @@ class Catalog:
                     "(SELECT time FROM tombstones ORDER BY time DESC LIMIT 1 OFFSET ?)"
                 )
                 db.execute(sql, (_TOMBSTONES - 1,))
-        for key in gone:
-            self._touched.pop(key, None)
-            self._hits.pop(key, None)
         return gone
 
     def why_missing(self, key: bytes) -> str | None:
@@ -346,11 +289,14 @@ class Catalog:
 
     def touch_later(self, keys: Iterable[bytes], now: float | None = None) -> None:
         """Remember that ``keys`` were used; `flush_touches` writes it. Costs the caller no disk access."""
-        self._touched.update(dict.fromkeys(keys, time.time() if now is None else now))
+        touched = dict.fromkeys(keys, time.time() if now is None else now)
+        with self._touch_lock:
+            self._touched.update(touched)
 
     def hit_later(self, key: bytes) -> None:
         """Remember that a block was read; `flush_touches` writes it."""
-        self._hits[key] = self._hits.get(key, 0) + 1
+        with self._touch_lock:
+            self._hits[key] = self._hits.get(key, 0) + 1
 
     @property
     def has_touches(self) -> bool:
@@ -361,9 +307,9 @@ class Catalog:
         """Write what `touch_later` and `hit_later` remembered."""
         if self.read_only or not self.has_touches:
             return
-        # Swapped, not cleared: another thread may be adding.
-        touched, self._touched = self._touched, {}
-        hits, self._hits = self._hits, {}
+        with self._touch_lock:
+            touched, self._touched = self._touched, {}
+            hits, self._hits = self._hits, {}
         with self.transaction() as db:
             sql = "UPDATE blocks SET last_used = ? WHERE key = ? AND last_used < ?"
             db.executemany(sql, [(when, key, when) for key, when in touched.items()])
@@ -374,7 +320,9 @@ class Catalog:
     def pin(self, name: str, keys: Iterable[bytes]) -> None:
         """Keep ``keys`` from eviction under ``name``; keys may be written later."""
         with self.transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO pins (name, key) VALUES (?, ?)", [(name, key) for key in keys])
+            first = db.execute("SELECT count(*) FROM pins WHERE name = ?", (name,)).fetchone()[0]
+            rows = [(name, key, position) for position, key in enumerate(keys, first)]
+            db.executemany("INSERT OR IGNORE INTO pins (name, key, position) VALUES (?, ?, ?)", rows)
 
     def unpin(self, name: str) -> int:
         """Drop a name; return how many blocks it held."""
@@ -382,8 +330,8 @@ class Catalog:
             return db.execute("DELETE FROM pins WHERE name = ?", (name,)).rowcount
 
     def pins(self) -> dict[str, list[bytes]]:
-        """Return the keys kept under every name."""
+        """Return the keys kept under every name, in the order in which they were pinned."""
         result: dict[str, list[bytes]] = {}
-        for name, key in self._db().execute("SELECT name, key FROM pins ORDER BY name").fetchall():
+        for name, key in self._db().execute("SELECT name, key FROM pins ORDER BY name, position").fetchall():
             result.setdefault(name, []).append(key)
         return result

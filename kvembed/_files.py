@@ -7,6 +7,7 @@ What differs between systems is here and nowhere else. `os.writev` and `os.pread
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 _IOV_MAX = 1024
+# What opening says to a symbolic link (two systems, two answers), a socket or a device.
+_NOT_A_FILE = {errno.ELOOP, getattr(errno, "EMLINK", errno.ELOOP), errno.ENXIO, errno.EISDIR}
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -134,15 +137,16 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        BlockFormatError: It is not a regular file, or cannot be opened.
+        BlockFormatError: It is not a regular file.
+        OSError: It cannot be opened now, which says nothing about the file (too many are open ...).
     """
     flags = os.O_RDONLY | _BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         fd = os.open(path, flags)
-    except FileNotFoundError:
-        raise
     except OSError as error:
-        raise BlockFormatError(f"cannot be opened: {error.strerror}") from error
+        if error.errno in _NOT_A_FILE:
+            raise BlockFormatError("not a regular file") from error
+        raise
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvembed._block import BlockInfo
     from kvembed._tiers.disk import DiskTier
 
-__all__ = ["block_files", "has_blocks", "housekeeping", "read_row", "rebuild"]
+__all__ = ["block_files", "adopt_all", "has_blocks", "housekeeping", "read_row", "rebuild"]
 
 _SUFFIX = ".safetensors"
 _STALE_S = 3600.0
@@ -77,19 +77,26 @@ def rebuild(root: Path, progress: Callable[[int, int], None] | None = None) -> i
     path = root / "kvembed.db"
     # Two processes may find the same bad catalog; the second must not move the first one's new one away.
     with FileLock(str(root / ".rebuild.lock"), mode=0o600):
-        if path.exists():
+        mark = Catalog.damage_mark(path)
+        if path.exists() and not mark.exists():
             try:
                 catalog = Catalog(path)
             except sqlite3.DatabaseError:
-                _move_aside(root, path)
+                pass
             else:
                 count = catalog.counters().blocks
                 catalog.close()
                 return count
-        return _build(root, path, progress)
+        _move_aside(root, path)
+        for left in root.glob(f".{path.name}.*"):
+            unlink_quietly(left)
+        count = _build(root, path, progress)
+        unlink_quietly(mark)
+        return count
 
 
 def _move_aside(root: Path, path: Path) -> None:
+    # The -wal file also when it is alone: SQLite would play it into the new database.
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
@@ -108,18 +115,9 @@ def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) 
                 catalog.add_namespace(bytes.fromhex(file.stem), fields)
             except (ValueError, OSError):
                 continue  # a namespace without fields only explains less
-        names = [Path(entry.path) for entry in block_files(root) if entry.name.endswith(_SUFFIX)]
-        rows: list[tuple[BlockInfo, bytes, int, float]] = []
-        for done, name in enumerate(names, 1):
-            # A bad file is left where it is: verify() names it.
-            with contextlib.suppress(BlockFormatError, OSError):
-                rows.append(read_row(name))
-            if progress is not None:
-                progress(done, len(names))
-        catalog.insert(rows)
-        count = len(rows)
+        count = adopt_all(root, catalog, progress)
+        # Back into one file, so that one rename puts it in place.
         with catalog.connection() as db:
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.execute("PRAGMA journal_mode = DELETE")
     except BaseException:
         catalog.close()
@@ -128,6 +126,20 @@ def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) 
     catalog.close()
     temp.replace(path)
     return count
+
+
+def adopt_all(root: Path, catalog: Catalog, progress: Callable[[int, int], None] | None = None) -> int:
+    """Enter every good block file into a catalog; return how many there are."""
+    names = [Path(entry.path) for entry in block_files(root) if entry.name.endswith(_SUFFIX)]
+    rows: list[tuple[BlockInfo, bytes, int, float]] = []
+    for done, name in enumerate(names, 1):
+        # A bad file is left where it is: verify() names it.
+        with contextlib.suppress(BlockFormatError, OSError):
+            rows.append(read_row(name))
+        if progress is not None:
+            progress(done, len(names))
+    catalog.insert(rows)
+    return len(rows)
 
 
 def housekeeping(disk: DiskTier) -> Iterator[None]:
@@ -171,6 +183,8 @@ def adopt(disk: DiskTier, folder: Path, before: float) -> None:
             continue
         except BlockFormatError as error:
             disk.quarantine(key, str(error))
+        except OSError:
+            continue  # next time
 
 
 def _key_of(path: Path) -> bytes | None:

@@ -42,7 +42,8 @@ CREATE INDEX blocks_by_use ON blocks (last_used);
 CREATE INDEX blocks_to_evict ON blocks (last_used, start DESC) WHERE children = 0 AND pins = 0;
 CREATE INDEX leaves_by_use ON blocks (last_used DESC) WHERE children = 0;
 
-CREATE TABLE pins (key BLOB NOT NULL, name TEXT NOT NULL, PRIMARY KEY (name, key)) WITHOUT ROWID;
+CREATE TABLE pins (
+    name TEXT NOT NULL, key BLOB NOT NULL, position INTEGER NOT NULL, PRIMARY KEY (name, key)) WITHOUT ROWID;
 CREATE INDEX pins_by_key ON pins (key);
 
 CREATE TABLE tombstones (key BLOB PRIMARY KEY, reason TEXT NOT NULL, time REAL NOT NULL) WITHOUT ROWID;

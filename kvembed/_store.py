@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import sqlite3
 import threading
 import warnings
 import weakref
@@ -16,7 +13,6 @@ import numpy as np
 
 from kvembed._budgets import cpu_budget, disk_budget
 from kvembed._errors import ConfigError, StoreClosedError, StoreWarning
-from kvembed._files import write_file
 from kvembed._keys import PROBE_TOKENS, probe_of
 from kvembed._store_admin import StoreAdmin
 from kvembed._store_types import PrefixEntry, ProblemLog, PruneReport, StoredBlock, StoreStats, VerifyReport
@@ -25,7 +21,7 @@ from kvembed._tiers.disk import DiskTier
 from kvembed._writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from kvembed._block import Block, BlockInfo
@@ -116,8 +112,9 @@ class KVStore(StoreAdmin):
         memory = cpu_budget(max_cpu_bytes)
         if memory:
             self._cpu = CpuTier(memory)
-        writes = None if self._read_only else self._disk
-        self._writer = Writer(self._cpu, writes, self._problems.report, housekeeping)
+        self._writer = Writer(
+            self._cpu, self._disk, self._problems.report, writable=not self._read_only, housekeeping=housekeeping
+        )
         # When the store is dropped without close() the thread finishes its queue and ends.
         weakref.finalize(self, self._writer.request_stop).atexit = False
 
@@ -127,22 +124,19 @@ class KVStore(StoreAdmin):
         """Check that the store may be used; every public method begins with this."""
         if self._closed:
             raise StoreClosedError("this store is closed; open it again with KVStore(path)")
+        self._check_fork()
+
+    def _check_fork(self) -> None:
         if self._pid != os.getpid():
             # Threads and locks do not survive fork(), and SQLite connections must not.
             self._pid = os.getpid()
             self._lock = threading.Lock()
             self._problems.after_fork()
             self._writer.after_fork()
+            if self._catalog is not None:
+                self._catalog.after_fork()
             if self._cpu is not None:
                 self._cpu.after_fork()
-
-    @contextlib.contextmanager
-    def _quiet(self, what: str) -> Iterator[None]:
-        """Turn a failing catalog into a recorded problem: to the model it is a miss."""
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            self._problems.report(f"catalog:{what}", f"the store's catalog failed ({what}): {error}")
 
     def _writable(self) -> DiskTier | None:
         return None if self._read_only else self._disk
@@ -337,55 +331,9 @@ class KVStore(StoreAdmin):
             self._cpu.reserve(owner, nbytes)
 
     def take_problems(self) -> list[str]:
-        """Return what went wrong since the last call, each kind of problem once."""
+        """Return what went wrong since the last call, each kind of problem once; also after `close`."""
+        self._check_fork()
         return self._problems.take()
-
-    # -- namespaces and notes ----------------------------------------------------------------------
-
-    def register_namespace(self, digest: bytes, fields: dict[str, Any]) -> None:
-        """Keep the readable parts of a model's fingerprint, so that a miss can be explained.
-
-        Args:
-            digest: 32-byte fingerprint.
-            fields: What it was made of, as JSON values.
-        """
-        self._enter()
-        self._spaces[digest] = dict(fields)
-        disk = self._writable()
-        if disk is not None:
-            with self._quiet("register_namespace"):
-                disk.catalog.add_namespace(digest, fields)
-                path = disk.root / "namespaces" / f"{digest.hex()}.json"
-                text = json.dumps(fields, indent=1, sort_keys=True, default=str).encode()
-                if not path.exists():
-                    write_file(path, [memoryview(text)])
-
-    def namespaces(self) -> dict[bytes, dict[str, Any]]:
-        """Return the fields of every fingerprint that has blocks here, by digest."""
-        self._enter()
-        result: dict[bytes, dict[str, Any]] = {}
-        if self._catalog is not None:
-            with self._quiet("namespaces"):
-                result = self._catalog.namespaces()
-        return result | self._spaces
-
-    def get_note(self, digest: bytes, name: str) -> Any | None:
-        """Return a value kept for a model by `set_note`, or None."""
-        self._enter()
-        if self._catalog is not None:
-            with self._quiet("get_note"):
-                value = self._catalog.note(digest, name)
-                if value is not None:
-                    return value
-        return self._notes.get((digest, name))
-
-    def set_note(self, digest: bytes, name: str, value: Any) -> None:
-        """Keep a JSON value for a model: a measured speed, a verdict."""
-        self._enter()
-        self._notes[digest, name] = value
-        if self._catalog is not None and not self._read_only:
-            with self._quiet("set_note"):
-                self._catalog.set_note(digest, name, value)
 
     # -- end ---------------------------------------------------------------------------------------
 

@@ -1,57 +1,35 @@
-"""The verbs of `KVStore` for people: what is here, what stays, what goes, and whether it is sound."""
+"""The verbs of `KVStore` for people that change it: what stays, what goes, and whether it is sound."""
 
 from __future__ import annotations
 
-import heapq
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvembed._errors import ConfigError, StoreReadOnlyError
+from kvembed._eviction import choose
 from kvembed._keys import PROBE_TOKENS, probe_of
-from kvembed._store_types import PrefixEntry, PruneReport, StoreStats, TierStats, VerifyReport
+from kvembed._store_types import PruneReport, VerifyReport
+from kvembed._store_view import StoreView, explicit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from kvembed._block import BlockInfo
-    from kvembed._catalog import BlockRow, Catalog
-    from kvembed._keys import TokenIds
-    from kvembed._tiers.cpu import CpuTier
-    from kvembed._tiers.disk import DiskTier
-    from kvembed._writer import Writer
 
 __all__ = ["StoreAdmin"]
 
-_SORTS = {"used": "last_used DESC", "tokens": "start + n_tokens DESC", "created": "created DESC"}
+
+@dataclass(frozen=True)
+class _Held:
+    info: BlockInfo
+    pins: int
 
 
-class StoreAdmin:
+class StoreAdmin(StoreView):
     """Base of `KVStore`, apart only to keep each file short enough to be read at once."""
-
-    path: Path | None
-    _cpu: CpuTier | None
-    _disk: DiskTier | None
-    _catalog: Catalog | None
-    _writer: Writer
-    _read_only: bool
-    _memory_pins: dict[str, list[bytes]]
-    _tier_hits: dict[str, list[int]]
-
-    def _enter(self) -> None:
-        raise NotImplementedError
-
-    def _flush(self, timeout: float | None = None) -> bool:
-        raise NotImplementedError
-
-    def _token_ids(self, key: bytes) -> TokenIds | None:
-        raise NotImplementedError
-
-    def namespaces(self) -> dict[bytes, dict[str, Any]]:
-        """Return the fields of every fingerprint, by digest."""
-        raise NotImplementedError
 
     def _begin_change(self) -> None:
         """Get ready for a verb that changes what is stored."""
@@ -61,110 +39,9 @@ class StoreAdmin:
         # What is in flight would land after the deletion.
         self._flush()
 
-    # -- looking -----------------------------------------------------------------------------------
-
-    def stats(self) -> StoreStats:
-        """Return sizes, budgets and hits of every tier."""
-        self._enter()
-        tiers: list[TierStats] = []
-        if self._cpu is not None:
-            used = self._cpu.nbytes + self._cpu.reserved
-            tiers.append(TierStats("cpu", len(self._cpu), used, self._cpu.max_bytes, *self._tier_hits["cpu"]))
-        hits = tokens = 0
-        if self._disk is not None:
-            self._disk.catalog.flush_touches()
-            counters = self._disk.catalog.counters()
-            hits, tokens = counters.hits, counters.hit_tokens
-            used = self._disk.nbytes
-            tiers.append(TierStats("disk", counters.blocks, used, self._disk.max_bytes, *self._tier_hits["disk"]))
-        return StoreStats(
-            path=None if self.path is None else str(self.path),
-            tiers=tuple(tiers),
-            hits=hits,
-            hit_tokens=tokens,
-            pending_writes=self._writer.pending,
-            namespaces=len(self.namespaces()),
-            pins=len(self.pins()),
-            read_only=self._read_only,
-        )
-
-    def ls(self, *, limit: int | None = 50, sort: str = "used") -> list[PrefixEntry]:
-        """Return the stored sequences: every block that no other follows, with what leads to it.
-
-        Args:
-            limit: At most so many; None for all.
-            sort: ``"used"`` or ``"created"`` (latest first), or ``"tokens"`` (longest first).
-
-        Raises:
-            ConfigError: ``sort`` is none of these.
-        """
-        self._enter()
-        if sort not in _SORTS:
-            raise ConfigError(f"sort must be one of {', '.join(map(repr, _SORTS))}, got {sort!r}")
-        in_memory = {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
-        followed = {info.parent for info in in_memory.values()}
-        entries: list[PrefixEntry] = []
-        names = self._names_by_key()
-        models = {digest: str(fields.get("name", "")) for digest, fields in self.namespaces().items()}
-        seen: set[bytes] = set()
-        if self._catalog is not None:
-            tail = f"WHERE children = 0 ORDER BY {_SORTS[sort]}" + ("" if limit is None else f" LIMIT {int(limit)}")
-            for row in self._catalog.rows(tail):
-                if row.info.key not in followed:
-                    seen.add(row.info.key)
-                    entries.append(self._entry(row.info, row.last_used, in_memory, names, models))
-        waiting = [info for info in in_memory.values() if info.key not in followed and info.key not in seen]
-        on_disk = self._catalog.get([info.key for info in waiting]) if self._catalog is not None else {}
-        new = [self._entry(i, None, in_memory, names, models) for i in waiting if i.key not in on_disk]
-        entries = new + entries
-        if sort == "tokens":
-            entries.sort(key=lambda entry: -entry.n_tokens)
-        return entries if limit is None else entries[:limit]
-
-    def _entry(
-        self,
-        info: BlockInfo,
-        last_used: float | None,
-        in_memory: dict[bytes, BlockInfo],
-        names: dict[bytes, list[str]],
-        models: dict[bytes, str],
-    ) -> PrefixEntry:
-        chain = self._chain(info.key, in_memory)
-        return PrefixEntry(
-            key=info.key,
-            n_tokens=info.start + info.n_tokens,
-            n_blocks=len(chain),
-            nbytes=sum(block.nbytes for block in chain),
-            tier="cpu" if info.key in in_memory else "disk",
-            last_used=last_used,
-            names=tuple(sorted({name for block in chain for name in names.get(block.key, ())})),
-            model=models.get(info.namespace, ""),
-            namespace=info.namespace,
-        )
-
-    def _chain(self, key: bytes, in_memory: dict[bytes, BlockInfo] | None = None) -> list[BlockInfo]:
-        """Return the blocks from the root to ``key`` that are stored, root side first."""
-        if in_memory is None:
-            in_memory = {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
-        chain: list[BlockInfo] = []
-        while True:
-            info = in_memory.get(key)
-            if info is None and self._catalog is not None:
-                info = self._catalog.get([key]).get(key)
-            if info is None:
-                return chain[::-1]
-            chain.append(info)
-            key = info.parent
-
-    def _names_by_key(self) -> dict[bytes, list[str]]:
-        result: dict[bytes, list[str]] = {}
-        for name, keys in self.pins().items():
-            for key in keys:
-                result.setdefault(key, []).append(name)
-        return result
-
     # -- pins --------------------------------------------------------------------------------------
 
+    @explicit()
     def pin(self, what: str | bytes | Iterable[bytes], name: str | None = None) -> str:
         """Keep blocks from being evicted until `unpin`.
 
@@ -195,6 +72,7 @@ class StoreAdmin:
             self._pin_in_memory()
         return name
 
+    @explicit()
     def unpin(self, name: str) -> int:
         """Let the blocks of a name be evicted again; return how many it held."""
         self._enter()
@@ -211,22 +89,9 @@ class StoreAdmin:
         if self._cpu is not None:
             self._cpu.set_pinned(key for keys in self._memory_pins.values() for key in keys)
 
-    def pins(self) -> dict[str, list[bytes]]:
-        """Return the pinned keys by name, root side first where they were given so."""
-        self._enter()
-        return self._catalog.pins() if self._catalog is not None else {k: list(v) for k, v in self._memory_pins.items()}
-
-    def _find(self, what: str | bytes) -> bytes:
-        if isinstance(what, bytes):
-            return what
-        entries = [entry for entry in self.ls(limit=None) if entry.key.hex().startswith(what.lower())] if what else []
-        if len(entries) != 1:
-            found = f"{len(entries)} sequences begin" if entries else "no stored sequence begins"
-            raise ConfigError(f"{found} with {what!r}; `kvembed ls` shows them")
-        return entries[0].key
-
     # -- deleting ----------------------------------------------------------------------------------
 
+    @explicit()
     def prune(
         self,
         older_than_s: float | None = None,
@@ -251,12 +116,13 @@ class StoreAdmin:
         self._disk.catalog.flush_touches()
         rows = list(self._disk.catalog.rows())
         before = None if older_than_s is None else time.time() - older_than_s
-        chosen = _choose(rows, before, max_bytes, unpinned_only)
+        chosen = choose(rows, before, max_bytes, unpinned_only)
         nbytes = sum(row.file_bytes for row in chosen)
         if not dry_run:
             self._erase([row.info.key for row in chosen])
         return PruneReport(len(chosen), nbytes, dry_run)
 
+    @explicit()
     def remove(self, what: str | bytes | Iterable[bytes]) -> int:
         """Delete a sequence and the blocks before it that nothing else needs.
 
@@ -273,6 +139,7 @@ class StoreAdmin:
             return self._erase(list(what))
         return self._erase_chain([info.key for info in self._chain(self._find(what))])
 
+    @explicit()
     def forget(self, name: str) -> int:
         """Unpin a name and erase every block that only its text needed, what was asked about it included.
 
@@ -364,6 +231,7 @@ class StoreAdmin:
             self._disk.empty_quarantine(keys)
         return len(here)
 
+    @explicit()
     def clear(self) -> int:
         """Delete every block in every tier, pinned ones too; return how many there were."""
         self._begin_change()
@@ -380,6 +248,7 @@ class StoreAdmin:
 
     # -- checking ----------------------------------------------------------------------------------
 
+    @explicit()
     def verify(self, fix: bool = False, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Check the folder: every file read to its end, files against catalog and catalog against files.
 
@@ -398,39 +267,3 @@ class StoreAdmin:
         from kvembed._verify import verify_folder
 
         return verify_folder(self._disk, fix, on_progress)
-
-
-class _Held:
-    def __init__(self, info: BlockInfo, pins: int) -> None:
-        self.info = info
-        self.pins = pins
-
-
-def _choose(rows: list[BlockRow], before: float | None, max_bytes: int | None, unpinned_only: bool) -> list[BlockRow]:
-    """Return the rows to prune, in an order that never deletes a block before those that follow it."""
-    children: dict[bytes, int] = {}
-    by_key = {row.info.key: row for row in rows}
-    for row in rows:
-        children[row.info.parent] = children.get(row.info.parent, 0) + 1
-    heap = [(r.last_used, -r.info.start, r.info.key) for r in rows if not children.get(r.info.key)]
-    heapq.heapify(heap)
-    total = sum(row.file_bytes for row in rows)
-    chosen: list[BlockRow] = []
-    while heap:
-        used, _, key = heapq.heappop(heap)
-        row = by_key[key]
-        old = before is not None and used < before
-        large = max_bytes is not None and total > max_bytes
-        if not old and not large:
-            # The heap is in order of use, but a parent may be older than its child (it is entered late).
-            continue
-        if unpinned_only and row.pins:
-            continue
-        chosen.append(row)
-        total -= row.file_bytes
-        parent = by_key.get(row.info.parent)
-        if parent is not None:
-            children[parent.info.key] -= 1
-            if not children[parent.info.key]:
-                heapq.heappush(heap, (parent.last_used, -parent.info.start, parent.info.key))
-    return chosen

@@ -10,6 +10,7 @@ from pathlib import Path
 from kvembed._catalog import Catalog
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._paths import make_private_dir, store_dir
+from kvembed._rebuild import adopt_all, has_blocks, rebuild
 
 __all__ = ["CATALOG_NAME", "OpenedFolder", "open_folder"]
 
@@ -93,21 +94,28 @@ def _open_read_only(result: OpenedFolder) -> None:
 
 
 def _open_writable(result: OpenedFolder) -> None:
-    from kvembed._rebuild import has_blocks, rebuild
-
     path = result.path / CATALOG_NAME
     problem = ""
-    try:
-        if path.exists() or not has_blocks(result.path):
-            result.catalog = Catalog(path)
-            return
+    if Catalog.damage_mark(path).exists():
+        problem = "was found damaged"
+    elif not path.exists() and (has_blocks(result.path) or path.with_name(f"{path.name}-wal").exists()):
         problem = "is missing"
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
+    else:
+        try:
+            result.catalog = Catalog(path)
+        except sqlite3.OperationalError as error:
             raise StoreReadOnlyError(
-                f"{path} cannot be opened ({error}); close other users of the folder or pass another path to KVStore"
+                f"{path} cannot be opened ({error}); wait for other users of the folder or pass another path to KVStore"
             ) from error
-        problem = f"is not usable ({error})"
-    found = rebuild(result.path)
-    result.catalog = Catalog(path)
-    result.warnings.append(f"{path} {problem}; it was made again from {found} block files")
+        except sqlite3.DatabaseError as error:
+            problem = f"cannot be used ({error})"
+        else:
+            # An empty catalog beside block files: made by opening a file that was cut to nothing. It is
+            # filled, not replaced: another process may just be writing the first block of a new store.
+            if result.catalog.counters().blocks == 0 and has_blocks(result.path):
+                found = adopt_all(result.path, result.catalog)
+                result.warnings.append(f"{path} was empty; {found} block files were entered")
+    if problem:
+        found = rebuild(result.path)
+        result.catalog = Catalog(path)
+        result.warnings.append(f"{path} {problem}; it was made again from {found} block files")

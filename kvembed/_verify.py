@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sqlite3
 import stat
 import time
 from pathlib import Path
@@ -50,17 +52,16 @@ def verify_folder(disk: DiskTier, fix: bool, on_progress: Callable[[int, int], N
             _stray(path, findings)
         else:
             present.add(key)
-            size = _check_file(disk, path, key, key in rows, findings)
+            size = _check_file(disk, path, key, findings)
             if size is not None:
                 blocks, nbytes = blocks + 1, nbytes + size
-                row = rows.get(key)
-                if row is not None and row.file_bytes != disk_usage(size):
-                    findings.add(
-                        f"{path.name}: its size in the catalog is wrong",
-                        lambda p=path: disk.catalog.insert([read_row(p)]),
-                    )
         if on_progress is not None:
             on_progress(done, len(files))
+    with disk.catalog.connection() as db:
+        answer = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if answer != "ok":
+        damage = sqlite3.DatabaseError(answer)
+        findings.add(f"the catalog is damaged ({answer})", lambda: disk.catalog.note_damage(damage))
     for key in rows.keys() - present:
         # Looked at again: another process may have evicted or written it meanwhile.
         if disk.catalog.row(key) is not None and not disk.path(key).exists():
@@ -91,7 +92,7 @@ def _stray(path: Path, findings: _Findings) -> None:
         findings.add(f"{path.name}: left over from a write that was cut off", lambda: unlink_quietly(path))
 
 
-def _check_file(disk: DiskTier, path: Path, key: bytes, has_row: bool, findings: _Findings) -> int | None:
+def _check_file(disk: DiskTier, path: Path, key: bytes, findings: _Findings) -> int | None:
     try:
         block = read_block(path)
         size = path.lstat().st_size
@@ -103,9 +104,21 @@ def _check_file(disk: DiskTier, path: Path, key: bytes, has_row: bool, findings:
         reason = str(error)
         findings.add(f"{path.name}: {reason}", lambda: disk.quarantine(key, reason))
         return None
-    if not has_row and disk.catalog.row(key) is None:
-        findings.add(f"{path.name}: missing in the catalog", lambda: disk.catalog.insert([read_row(path)]))
+    except OSError as error:
+        findings.add(f"{path.name}: cannot be read ({error.strerror})")
+        return None
+    # Read again: another process may have changed the row since the catalog was listed.
+    row = disk.catalog.row(key)
+    repair = functools.partial(_enter, disk, path)
+    if row is None:
+        findings.add(f"{path.name}: missing in the catalog", repair)
+    elif row.info != block.info or row.file_bytes != disk_usage(size):
+        findings.add(f"{path.name}: the catalog says something else about it", repair)
     return size
+
+
+def _enter(disk: DiskTier, path: Path) -> None:
+    disk.catalog.insert([read_row(path)])
 
 
 def _check_modes(disk: DiskTier, files: list[Path], findings: _Findings) -> None:

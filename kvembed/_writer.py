@@ -47,7 +47,8 @@ class Writer:
 
     Args:
         cpu: Tier holding the blocks that wait, or None.
-        disk: Tier they go to, or None when nothing is written.
+        disk: Tier they go to, or None.
+        writable: False reads from ``disk`` only.
         report: Called with a kind and a message when something is wrong.
         housekeeping: Work for the thread when it has nothing else to do, in small steps.
     """
@@ -57,10 +58,13 @@ class Writer:
         cpu: CpuTier | None,
         disk: DiskTier | None,
         report: Callable[[str, str], None],
+        *,
+        writable: bool = True,
         housekeeping: Iterator[None] | None = None,
     ) -> None:
         self._cpu = cpu
         self._disk = disk
+        self._writable = writable and disk is not None
         self._report = report
         self._housekeeping = housekeeping
         self._paused_until = 0.0
@@ -101,7 +105,7 @@ class Writer:
                 return
         with self._changed:
             while True:
-                if self._disk is None or self._stop or time.monotonic() < self._paused_until:
+                if not self._writable or self._stop or time.monotonic() < self._paused_until:
                     if cpu is not None:
                         cpu.put(block)
                     return
@@ -130,7 +134,7 @@ class Writer:
 
     def note_touches(self) -> None:
         """Have the catalog's pending touches written soon."""
-        if self._disk is None or self._disk.catalog.read_only:
+        if not self._writable:
             return
         with self._changed:
             if self._touches_due is None:
@@ -256,6 +260,8 @@ class Writer:
         except StoreClosedError:
             pass
         except (OSError, sqlite3.Error) as error:
+            if self._disk is not None:
+                self._disk.catalog.note_damage(error)
             self._paused_until = time.monotonic() + _PAUSE_S
             self._report(
                 "write",

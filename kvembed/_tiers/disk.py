@@ -84,8 +84,9 @@ class DiskTier:
 
     @staticmethod
     def _folder_bytes(blocks: int) -> int:
-        # Empty folders are removed with their last file, so there are at most as many as blocks.
-        return 4096 * (1 + min(blocks, _FOLDERS)) if blocks else 0
+        # Empty folders are removed with their last file, so there are at most as many as blocks. A folder
+        # outgrows its first page at about 40 files.
+        return 4096 * (1 + min(blocks, _FOLDERS)) + 160 * max(0, blocks - 24 * _FOLDERS) if blocks else 0
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -196,6 +197,8 @@ class DiskTier:
             self._forget(key, None)
         except BlockFormatError as error:
             self.quarantine(key, str(error))
+        except OSError as error:
+            self._report(f"read:{error.errno}", f"block {key.hex()[:12]} cannot be read now: {error.strerror}")
         return None
 
     def read_ids(self, key: bytes) -> TokenIds | None:
@@ -206,6 +209,8 @@ class DiskTier:
             self._forget(key, None)
         except BlockFormatError as error:
             self.quarantine(key, str(error))
+        except OSError as error:
+            self._report(f"read:{error.errno}", f"block {key.hex()[:12]} cannot be read now: {error.strerror}")
         return None
 
     def quarantine(self, key: bytes, reason: str) -> None:

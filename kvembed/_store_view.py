@@ -1,0 +1,240 @@
+"""What a `KVStore` knows: the base of its verbs that look, and of the notes kept beside the blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+from kvembed._errors import ConfigError, StoreError
+from kvembed._files import write_file
+from kvembed._store_types import PrefixEntry, StoreStats, TierStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from kvembed._block import BlockInfo
+    from kvembed._catalog import Catalog
+    from kvembed._keys import TokenIds
+    from kvembed._store_types import ProblemLog
+    from kvembed._tiers.cpu import CpuTier
+    from kvembed._tiers.disk import DiskTier
+    from kvembed._writer import Writer
+
+__all__ = ["StoreView", "explicit"]
+
+_SORTS = {"used": "last_used DESC", "tokens": "start + n_tokens DESC", "created": "created DESC"}
+
+
+@contextlib.contextmanager
+def explicit() -> Iterator[None]:
+    """Turn the catalog's errors into ours, for the verbs that do raise; used as a decorator."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"the store's catalog failed ({error}); try again, or open the store anew") from error
+
+
+class StoreView:
+    """Base of `KVStore`, apart only to keep each file short enough to be read at once."""
+
+    path: Path | None
+    _cpu: CpuTier | None
+    _disk: DiskTier | None
+    _catalog: Catalog | None
+    _writer: Writer
+    _problems: ProblemLog
+    _read_only: bool
+    _spaces: dict[bytes, dict[str, Any]]
+    _notes: dict[tuple[bytes, str], Any]
+    _memory_pins: dict[str, list[bytes]]
+    _tier_hits: dict[str, list[int]]
+
+    # -- what the rest of the store provides -------------------------------------------------------
+
+    def _enter(self) -> None:
+        raise NotImplementedError
+
+    def _flush(self, timeout: float | None = None) -> bool:
+        raise NotImplementedError
+
+    def _token_ids(self, key: bytes) -> TokenIds | None:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _quiet(self, what: str) -> Iterator[None]:
+        """Turn a failing catalog into a recorded problem: to the model it is a miss."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if self._catalog is not None:
+                self._catalog.note_damage(error)
+            self._problems.report(f"catalog:{what}", f"the store's catalog failed ({what}): {error}")
+
+    # -- namespaces and notes ----------------------------------------------------------------------
+
+    def register_namespace(self, digest: bytes, fields: dict[str, Any]) -> None:
+        """Keep the readable parts of a model's fingerprint, so that a miss can be explained.
+
+        Args:
+            digest: 32-byte fingerprint.
+            fields: What it was made of, as JSON values.
+        """
+        self._enter()
+        self._spaces[digest] = dict(fields)
+        disk = None if self._read_only else self._disk
+        if disk is not None:
+            with self._quiet("register_namespace"):
+                disk.catalog.add_namespace(digest, fields)
+                path = disk.root / "namespaces" / f"{digest.hex()}.json"
+                text = json.dumps(fields, indent=1, sort_keys=True, default=str).encode()
+                if not path.exists():
+                    write_file(path, [memoryview(text)])
+
+    def namespaces(self) -> dict[bytes, dict[str, Any]]:
+        """Return the fields of every fingerprint that has blocks here, by digest."""
+        self._enter()
+        result: dict[bytes, dict[str, Any]] = {}
+        if self._catalog is not None:
+            with self._quiet("namespaces"):
+                result = self._catalog.namespaces()
+        return result | self._spaces
+
+    def get_note(self, digest: bytes, name: str) -> Any | None:
+        """Return a value kept for a model by `set_note`, or None."""
+        self._enter()
+        if self._catalog is not None:
+            with self._quiet("get_note"):
+                value = self._catalog.note(digest, name)
+                if value is not None:
+                    return value
+        return self._notes.get((digest, name))
+
+    def set_note(self, digest: bytes, name: str, value: Any) -> None:
+        """Keep a JSON value for a model: a measured speed, a verdict."""
+        self._enter()
+        self._notes[digest, name] = value
+        if self._catalog is not None and not self._read_only:
+            with self._quiet("set_note"):
+                self._catalog.set_note(digest, name, value)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    @explicit()
+    def stats(self) -> StoreStats:
+        """Return sizes, budgets and hits of every tier."""
+        self._enter()
+        tiers: list[TierStats] = []
+        if self._cpu is not None:
+            used = self._cpu.nbytes + self._cpu.reserved
+            tiers.append(TierStats("cpu", len(self._cpu), used, self._cpu.max_bytes, *self._tier_hits["cpu"]))
+        hits = tokens = 0
+        if self._disk is not None:
+            self._disk.catalog.flush_touches()
+            counters = self._disk.catalog.counters()
+            hits, tokens = counters.hits, counters.hit_tokens
+            used = self._disk.nbytes
+            tiers.append(TierStats("disk", counters.blocks, used, self._disk.max_bytes, *self._tier_hits["disk"]))
+        return StoreStats(
+            path=None if self.path is None else str(self.path),
+            tiers=tuple(tiers),
+            hits=hits,
+            hit_tokens=tokens,
+            pending_writes=self._writer.pending,
+            namespaces=len(self.namespaces()),
+            pins=len(self.pins()),
+            read_only=self._read_only,
+        )
+
+    @explicit()
+    def ls(self, *, limit: int | None = 50, sort: str = "used") -> list[PrefixEntry]:
+        """Return the stored sequences: every block that no other follows, with what leads to it.
+
+        Args:
+            limit: At most so many; None for all.
+            sort: ``"used"`` or ``"created"`` (latest first), or ``"tokens"`` (longest first).
+
+        Raises:
+            ConfigError: ``sort`` is none of these.
+        """
+        self._enter()
+        if sort not in _SORTS:
+            raise ConfigError(f"sort must be one of {', '.join(map(repr, _SORTS))}, got {sort!r}")
+        in_memory = {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
+        followed = {info.parent for info in in_memory.values()}
+        entries: list[PrefixEntry] = []
+        names = self._names_by_key()
+        models = {digest: str(fields.get("name", "")) for digest, fields in self.namespaces().items()}
+        seen: set[bytes] = set()
+        if self._catalog is not None:
+            tail = f"WHERE children = 0 ORDER BY {_SORTS[sort]}" + ("" if limit is None else f" LIMIT {int(limit)}")
+            for row in self._catalog.rows(tail):
+                if row.info.key not in followed:
+                    seen.add(row.info.key)
+                    entries.append(self._entry(row.info, row.last_used, in_memory, names, models))
+        waiting = [info for info in in_memory.values() if info.key not in followed and info.key not in seen]
+        on_disk = self._catalog.get([info.key for info in waiting]) if self._catalog is not None else {}
+        new = [self._entry(i, None, in_memory, names, models) for i in waiting if i.key not in on_disk]
+        entries = new + entries
+        if sort == "tokens":
+            entries.sort(key=lambda entry: -entry.n_tokens)
+        return entries if limit is None else entries[:limit]
+
+    def _entry(
+        self,
+        info: BlockInfo,
+        last_used: float | None,
+        in_memory: dict[bytes, BlockInfo],
+        names: dict[bytes, list[str]],
+        models: dict[bytes, str],
+    ) -> PrefixEntry:
+        chain = self._chain(info.key, in_memory)
+        return PrefixEntry(
+            key=info.key,
+            n_tokens=info.start + info.n_tokens,
+            n_blocks=len(chain),
+            nbytes=sum(block.nbytes for block in chain),
+            tier="cpu" if info.key in in_memory else "disk",
+            last_used=last_used,
+            names=tuple(sorted({name for block in chain for name in names.get(block.key, ())})),
+            model=models.get(info.namespace, ""),
+            namespace=info.namespace,
+        )
+
+    def _chain(self, key: bytes, in_memory: dict[bytes, BlockInfo] | None = None) -> list[BlockInfo]:
+        """Return the blocks from the root to ``key`` that are stored, root side first."""
+        if in_memory is None:
+            in_memory = {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
+        chain: list[BlockInfo] = []
+        while True:
+            info = in_memory.get(key)
+            if info is None and self._catalog is not None:
+                info = self._catalog.get([key]).get(key)
+            if info is None:
+                return chain[::-1]
+            chain.append(info)
+            key = info.parent
+
+    def _names_by_key(self) -> dict[bytes, list[str]]:
+        result: dict[bytes, list[str]] = {}
+        for name, keys in self.pins().items():
+            for key in keys:
+                result.setdefault(key, []).append(name)
+        return result
+
+    @explicit()
+    def pins(self) -> dict[str, list[bytes]]:
+        """Return the pinned keys by name, root side first where they were given so."""
+        self._enter()
+        return self._catalog.pins() if self._catalog is not None else {k: list(v) for k, v in self._memory_pins.items()}
+
+    def _find(self, what: str | bytes) -> bytes:
+        if isinstance(what, bytes):
+            return what
+        entries = [entry for entry in self.ls(limit=None) if entry.key.hex().startswith(what.lower())] if what else []
+        if len(entries) != 1:
+            found = f"{len(entries)} sequences begin" if entries else "no stored sequence begins"
+            raise ConfigError(f"{found} with {what!r}; `kvembed ls` shows them")
+        return entries[0].key
