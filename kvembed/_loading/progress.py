@@ -18,7 +18,7 @@ class ProgressCallback(Protocol):
     ``stage`` is ``"download"`` (``done`` and ``total`` in bytes) or ``"convert"`` (in steps).
     """
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
         """Report that ``done`` of ``total`` are finished."""
         ...
 

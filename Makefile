@@ -1,0 +1,46 @@
+# `make demo` and `make test` do all set-up themselves, in .venv, and only once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    a real model answers questions about a long document: cold, warm, and in a new process"
+	@echo "make test    lint, type check and tests"
+	@echo "make lint    ruff and pyright only"
+	@echo "make format  format the sources"
+	@echo "make bench   cold against warm on this machine"
+	@echo "make clean   remove .venv and caches of tools (not the models in .cache)"
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv (some minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/kvembed demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/kvembed bench $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.cache/*' -prune -exec rm -rf {} +
