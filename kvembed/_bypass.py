@@ -83,7 +83,7 @@ def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[
 
 
 def _has_padding(model: Any, generation_config: Any, kwargs: dict[str, Any], ids: torch.Tensor) -> bool:
-    """transformers masks padding tokens by itself when pad differs from eos."""
+    """True when transformers would mask padding tokens by itself: pad occurs and differs from eos."""
     pad = generation_value(model, generation_config, kwargs, "pad_token_id")
     eos = generation_value(model, generation_config, kwargs, "eos_token_id")
     eos_ids = eos if isinstance(eos, list | tuple) else [eos]

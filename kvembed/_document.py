@@ -13,7 +13,7 @@ import torch
 from kvembed._errors import ConfigError, PromptError
 from kvembed._html import escape, mimebundle, panel
 from kvembed._keys import as_token_ids, block_key
-from kvembed._prompt import check_prompt, context_length, split_chat
+from kvembed._prompt import as_prompt, check_prompt, context_length, split_chat
 from kvembed._stream import stream_text
 from kvembed._units import format_bytes, format_count
 
@@ -77,7 +77,14 @@ class Document:
 
     @classmethod
     def prepare(
-        cls, model: CachedModel, source: str | os.PathLike[str], *, name: str | None, system: str | None, pin: bool, progress: Any
+        cls,
+        model: CachedModel,
+        source: str | os.PathLike[str],
+        *,
+        name: str | None,
+        system: str | None,
+        pin: bool,
+        progress: Any,
     ) -> Document:
         """Read, tokenise and prefill; see `CachedModel.document`."""
         text, found_name = _read(source)
@@ -130,8 +137,13 @@ class Document:
         """
         ids = self.prompt_ids(question)
         check_prompt(self._model.hf_model, ids, max_new_tokens)
-        prompt = torch.from_numpy(ids.astype(np.int64))[None].to(self._model.hf_model.device)
-        arguments = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": max_new_tokens, **kwargs}
+        prompt = as_prompt(self._model.hf_model, ids)
+        arguments = {
+            "attention_mask": torch.ones_like(prompt),
+            "do_sample": False,
+            "max_new_tokens": max_new_tokens,
+            **kwargs,
+        }
         with self._model._lock:
             result = self._model.generate(prompt, **arguments)
             usage = self._model.usage
@@ -184,7 +196,9 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
     try:
         return path.read_text(encoding="utf-8"), path.name
     except FileNotFoundError as error:
-        raise ConfigError(f"no file {str(path)!r}: pass the text itself, or the path of an existing text file") from error
+        raise ConfigError(
+            f"no file {str(path)!r}: pass the text itself, or the path of an existing text file"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path.name!r} is not UTF-8 text: convert it to text first") from error
     except OSError as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from kvembed._errors import UnsupportedModelError
 from kvembed._fingerprint import Fingerprint
 from kvembed._keys import PROBE_TOKENS, block_key, chain_keys, root_key
 from kvembed._live import LivePool, LiveSequence
+from kvembed._matching import Match, exact_run
 from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
 from kvembed._restore import Piece, Restore
 
@@ -35,71 +35,10 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._store import KVStore, StoredBlock
 
-__all__ = ["Engine", "Match"]
+__all__ = ["Engine"]
 
 _WORTH_RESTORING = 64
 """Tokens a stored prefix must be ahead of a live one before all of it is restored in its place."""
-
-
-@dataclass(frozen=True)
-class Match:
-    """What is kept of a prompt.
-
-    Args:
-        root: Root key of the chain.
-        keys: Keys of the prompt's full blocks (those that end before its last token).
-        live: A live sequence whose prefix is used, or None.
-        live_tokens: Length of that prefix.
-        blocks: Stored full blocks after it (from the start when there is no live sequence), without gaps.
-        tail: A stored block after them that shares its first tokens, and how many.
-        seconds: Time the lookup took.
-    """
-
-    root: bytes
-    keys: list[bytes]
-    live: LiveSequence | None
-    live_tokens: int
-    blocks: list[StoredBlock]
-    tail: tuple[StoredBlock, int] | None
-    block_size: int
-    live_tier: str
-    seconds: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that need not be computed."""
-        return self.live_tokens + sum(n for _, n in self.stored)
-
-    @property
-    def stored(self) -> list[tuple[StoredBlock, int]]:
-        """Blocks to restore, each with the tokens wanted of it."""
-        wanted = [(stored, stored.info.n_tokens) for stored in self.blocks]
-        return wanted if self.tail is None else [*wanted, self.tail]
-
-    @property
-    def exact_tokens(self) -> int:
-        """How many of them give bit-identical results."""
-        exact = 0
-        if self.live is not None:
-            exact = min(self.live.exact, self.live_tokens // self.block_size * self.block_size)
-            if exact < self.live_tokens:
-                return exact
-        return exact + self.block_size * _exact_run(self.blocks)
-
-    @property
-    def tokens_by_tier(self) -> dict[str, int]:
-        """Tokens by the tier that will serve them."""
-        counts = {self.live_tier: self.live_tokens} if self.live is not None else {}
-        for stored, n in self.stored:
-            counts[stored.tier] = counts.get(stored.tier, 0) + n
-        return counts
-
-
-def _exact_run(blocks: list[StoredBlock]) -> int:
-    for i, stored in enumerate(blocks):
-        if not stored.info.exact:
-            return i
-    return len(blocks)
 
 
 class Engine:
@@ -158,7 +97,8 @@ class Engine:
         self._adopt_fingerprint()
 
     def _adopt_fingerprint(self) -> None:
-        assert self.fingerprint is not None and self.spec is not None
+        assert self.fingerprint is not None
+        assert self.spec is not None
         digest = self.fingerprint.digest
         self.store.register_namespace(digest, dict(self.fingerprint.fields))
         noted = self.store.get_note(digest, "oracle")
@@ -296,7 +236,7 @@ class Engine:
         full = length // self.block_size
         sequence.captured = full * self.block_size
         if exact_before:
-            run = min(_exact_run(match.blocks), full - match.live_tokens // self.block_size)
+            run = min(exact_run(match.blocks), full - match.live_tokens // self.block_size)
             sequence.exact = match.live_tokens + self.block_size * run
         sequence.keys = match.keys[:full]
         restore.start()
@@ -347,8 +287,8 @@ class Engine:
         ids: TokenIds,
         *,
         whole: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
-        put: Callable[[LiveSequence, TokenIds], None] | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        put: Callable[[LiveSequence], object] | None = None,
     ) -> None:
         """Compute the prompt up to where transformers takes over, block by block.
 
@@ -379,7 +319,7 @@ class Engine:
             if exact and edge % size == 0:
                 sequence.exact = edge
             if put is not None:
-                put(sequence, ids)
+                put(sequence)
             if on_progress is not None:
                 on_progress(edge, n)
 
@@ -432,7 +372,8 @@ class Engine:
         return sequence.keys[start // size - 1] if start else sequence.root
 
     def _put(self, sequence: LiveSequence, start: int, end: int, exact: bool) -> int:
-        assert self.spec is not None and self.fingerprint is not None
+        assert self.spec is not None
+        assert self.fingerprint is not None
         parent = self._parent(sequence, start)
         ids = np.ascontiguousarray(sequence.ids[start:end])
         key = block_key(parent, ids)

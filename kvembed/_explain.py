@@ -19,9 +19,10 @@ from kvembed._units import format_count
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvembed._engine import Engine, Match
+    from kvembed._engine import Engine
     from kvembed._keys import TokenIds
     from kvembed._match import ExplanationKind
+    from kvembed._matching import Match
 
 __all__ = ["explain_prompt", "miss_reason"]
 
@@ -36,7 +37,9 @@ _MOST_NAMESPACES = 32
 _WORTH_SAYING = 64
 
 
-def explain_prompt(engine: Engine, tokenizer: Any, ids: TokenIds, support: str | None, *, deterministic: bool) -> Explanation:
+def explain_prompt(
+    engine: Engine, tokenizer: Any, ids: TokenIds, support: str | None, *, deterministic: bool
+) -> Explanation:
     """Explain a prompt; see `CachedModel.explain`."""
     if support is not None:
         return Explanation("bypassed", prompt_tokens=len(ids), hint=support)
@@ -55,9 +58,16 @@ def explain_prompt(engine: Engine, tokenizer: Any, ids: TokenIds, support: str |
         if common_prefix(live.ids, ids) > common_prefix(own, ids):
             own = live.ids
     if lost is not None and common_prefix(own, ids) <= position:
-        here, at = context(ids, position, decode)
+        here, at = context(ids.tolist(), position, decode)
         return Explanation(
-            lost, position, len(ids), position, nearest_tokens=position, here=here, here_offset=at, hint=_LOST_HINTS[lost]
+            lost,
+            position,
+            len(ids),
+            position,
+            nearest_tokens=position,
+            here=here,
+            here_offset=at,
+            hint=_LOST_HINTS[lost],
         )
     other, differences = _other_model(engine, ids)
     if common_prefix(other, ids) > max(position, common_prefix(own, ids)):
@@ -79,7 +89,7 @@ def explain_prompt(engine: Engine, tokenizer: Any, ids: TokenIds, support: str |
 
 
 def _never_seen(ids: TokenIds, decode: Callable[[list[int]], str]) -> Explanation:
-    here, at = context(ids, 0, decode)
+    here, at = context(ids.tolist(), 0, decode)
     if len(ids) <= PROBE_TOKENS:
         hint = f"Prompts of up to {PROBE_TOKENS} tokens are not stored: computing them costs less than finding them."
         return Explanation("too_short", 0, len(ids), 0, here=here, here_offset=at, hint=hint)
@@ -92,14 +102,14 @@ def _differs(
 ) -> Explanation:
     shared = common_prefix(stored, ids)
     kind: ExplanationKind
-    kind, hint = classify(ids, stored, shared, decode)
+    kind, hint = classify(ids.tolist(), stored.tolist(), shared, decode)
     if kind == "hit" and shared < len(ids):
         # The stored sequence simply ends: what follows is new.
         kind, hint = "diverged", "The stored sequence ends here; what follows is new."
     if deterministic and cached < shared:
         hint = f"{hint} deterministic=True reuses only whole blocks of a cold prefill.".strip()
-    here, at = context(ids, shared, decode)
-    there, _ = context(stored, shared, decode)
+    here, at = context(ids.tolist(), shared, decode)
+    there, _ = context(stored.tolist(), shared, decode)
     return Explanation(
         kind,
         shared,
@@ -116,7 +126,7 @@ def _differs(
 
 
 def _nearest(engine: Engine, root: bytes, ids: TokenIds) -> TokenIds:
-    """Return the ids of the stored sequence that shares the longest prefix with ``ids``, a little past the end of it."""
+    """Return the ids of the nearest stored sequence (longest shared prefix), a little past where it differs."""
     path: list[TokenIds] = []
     parent, position = root, 0
     while True:

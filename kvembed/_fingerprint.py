@@ -75,7 +75,8 @@ def weights_checksum(model: torch.nn.Module) -> str:
         if tensor.device.type == "meta":
             total.update(b"meta")
         elif tensor.device.type == "cpu":
-            total.update(_flat_bytes(tensor) if type(tensor.data) is torch.Tensor else _opaque_bytes(tensor))
+            plain = type(tensor.data) is torch.Tensor
+            total.update(_flat_bytes(tensor).data if plain else _opaque_bytes(tensor))
         else:
             total.update(_device_checksum(tensor))
     return total.hexdigest()

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import threading
-import time
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvembed import hf
-from kvembed._bypass import bypass_reason, generation_value, input_ids_of
-from kvembed._call import PromptOnceStreamer, Watch, with_watch
 from kvembed._document import Document
 from kvembed._engine import Engine
-from kvembed._errors import CacheBypassWarning, ConfigError, StoreWarning, UnsupportedModelError
-from kvembed._explain import explain_prompt, miss_reason
-from kvembed._keys import as_token_ids
+from kvembed._errors import ConfigError, UnsupportedModelError
+from kvembed._explain import explain_prompt
 from kvembed._match import Explanation, PrefixMatch
 from kvembed._paths import is_disabled
-from kvembed._progress import Progress, prefill_progress
 from kvembed._prompt import check_prompt, encode
-from kvembed._restore import Restore, RestoreError
+from kvembed._runner import Request, Runner
 from kvembed._stream import stream_text
 from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
-    from kvembed._engine import Match
-    from kvembed._keys import TokenIds
-    from kvembed._live import LiveSequence
+    from kvembed._progress import Progress
     from kvembed._store import KVStore
 
 __all__ = ["CachedModel"]
-
-_RATE_TOKENS = 64  # a prefill rate is believed when at least this many tokens were computed
-_ATTEMPTS = 4
 
 
 class CachedModel:
@@ -83,7 +71,10 @@ class CachedModel:
         if max_live < 0:
             raise ConfigError(f"max_live must be 0 or more, not {max_live}")
         if not isinstance(model, torch.nn.Module):
-            raise ConfigError(f"CachedModel wraps a loaded model, not {type(model).__name__}; to load one by name, use CachedModel.from_pretrained")
+            raise ConfigError(
+                f"CachedModel wraps a loaded model, not {type(model).__name__}; to load one by name, use "
+                "CachedModel.from_pretrained"
+            )
         self._owns_store = store is None
         if store is None:
             from kvembed._store import KVStore
@@ -96,8 +87,8 @@ class CachedModel:
         self.progress: Progress = progress
         self._lock = threading.RLock()
         self._usage = Usage()
-        self._warned: set[str] = set()
         self._engine = Engine(model, store, block_size=block_size, cache_salt=cache_salt, max_live=max_live)
+        self._runner = Runner(self._engine)
 
     @classmethod
     def from_pretrained(
@@ -154,200 +145,18 @@ class CachedModel:
         A problem with the cache is a miss and one warning, never an error. An interrupt keeps every block that
         was finished.
         """
-        with self._lock:
-            return self._generate(inputs, generation_config, kwargs, None)
+        return self._generate(inputs, generation_config, kwargs)
 
     def _generate(
-        self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], cancel: threading.Event | None
+        self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], cancel: threading.Event | None = None
     ) -> Any:
-        began = time.perf_counter()
-        reason = "KVEMBED_DISABLE is set" if is_disabled() else None
-        reason = reason or self.support or bypass_reason(self.hf_model, inputs, generation_config, kwargs)
-        if reason is None and self.store.closed:
-            reason = "the store is closed"
-        if reason is not None:
-            return self._pass_through(inputs, generation_config, kwargs, cancel, reason, began)
-        ids = as_token_ids(input_ids_of(inputs, kwargs)[0].cpu().numpy())  # pyright: ignore[reportOptionalSubscript]
-        streamer = kwargs.get("streamer")
-        if streamer is not None:
-            kwargs = {**kwargs, "streamer": PromptOnceStreamer(streamer)}
-        for attempt in range(_ATTEMPTS):
-            try:
-                return self._run(ids, inputs, generation_config, kwargs, cancel, began, cold=attempt == _ATTEMPTS - 1)
-            except RestoreError as error:
-                self.store.discard(error.key, error.reason)
-                if streamer is not None:
-                    kwargs["streamer"].repeat()
-        raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
-
-    def _run(
-        self,
-        ids: TokenIds,
-        inputs: Any,
-        generation_config: Any,
-        kwargs: dict[str, Any],
-        cancel: threading.Event | None,
-        began: float,
-        *,
-        cold: bool,
-    ) -> Any:
-        engine = self._engine
-        engine.check_identity()
-        if engine.refusal is not None:  # the model was changed into one that cannot be served
-            return self._pass_through(inputs, generation_config, kwargs, cancel, engine.refusal, began)
-        found = engine.match(ids if not cold else ids[:1], deterministic=self.deterministic)
-        capacity = len(ids) + self._new_tokens(len(ids), generation_config, kwargs) + engine.block_size
-        sequence, restore, tiers = engine.open(found, ids, capacity)
-        start = len(sequence.ids)
-        watch = Watch(cancel)
-        stored = 0
-        finished = False
-        result = None
-        try:
-            with prefill_progress(self.progress, start, len(ids)) as on_progress:
-                stored += self._prefill(sequence, ids, on_progress)
-            arguments = {**kwargs, "stopping_criteria": with_watch(kwargs.get("stopping_criteria"), watch)}
-            with engine.switch.active():
-                result = self.hf_model.generate(
-                    inputs, generation_config=generation_config, past_key_values=sequence.cache, **arguments
-                )
-            if restore is not None:
-                restore.finish()
-            finished = True
-        except RestoreError:
-            sequence.ids = ids[:0]  # rows were never filled: nothing of this cache may be kept
-            raise
-        finally:
-            if restore is not None and not finished:
-                restore.cancel()
-            if len(sequence.ids) or finished:
-                stored += self._keep(sequence, ids, watch, result)
-        self._usage = self._measure(found, ids, tiers, restore, watch, result, stored, began, generation_config)
-        self._report_problems()
-        return result
-
-    def _prefill(self, sequence: LiveSequence, ids: TokenIds, on_progress: Any, *, whole: bool = False) -> int:
-        stored = 0
-
-        def put(sequence: LiveSequence, ids: TokenIds) -> None:
-            nonlocal stored
-            stored += self._engine.capture(sequence, tail=False)
-
-        self._engine.prefill(sequence, ids, whole=whole, on_progress=on_progress, put=put)
-        return stored
-
-    def _new_tokens(self, prompt_tokens: int, generation_config: Any, kwargs: dict[str, Any]) -> int:
-        """Tokens to make room for; a wrong guess costs a copy later, nothing else."""
-        new = generation_value(self.hf_model, generation_config, kwargs, "max_new_tokens")
-        if new is None:
-            total = generation_value(self.hf_model, generation_config, kwargs, "max_length")
-            new = max(20, (total or 0) - prompt_tokens)
-        return min(int(new), 1 << 16)
-
-    def _keep(self, sequence: LiveSequence, ids: TokenIds, watch: Watch, result: Any) -> int:
-        """Store what the call has learned, and keep its cache live unless the caller received it."""
-        engine = self._engine
-        seen = ids
-        if result is not None:
-            seen = as_token_ids(getattr(result, "sequences", result)[0].cpu().numpy())
-        elif watch.last is not None:
-            seen = as_token_ids(watch.last[0].cpu().numpy())
-        if not engine.settle(sequence, seen):
-            return 0
-        stored = engine.capture(sequence, tail=True)
-        if result is not None and getattr(result, "past_key_values", None) is not None:
-            hf.export_cache(sequence.cache)
-        else:
-            engine.keep(sequence)
-        engine.store.touch(sequence.keys)
-        return stored
-
-    def _pass_through(
-        self,
-        inputs: Any,
-        generation_config: Any,
-        kwargs: dict[str, Any],
-        cancel: threading.Event | None,
-        reason: str,
-        began: float,
-    ) -> Any:
-        ids = input_ids_of(inputs, kwargs)
-        watch = Watch(cancel)
-        arguments = dict(kwargs)
-        # custom_generate may know nothing of stopping criteria; everything else takes them.
-        if not kwargs.get("custom_generate"):
-            arguments["stopping_criteria"] = with_watch(kwargs.get("stopping_criteria"), watch)
-        result = self.hf_model.generate(inputs, generation_config=generation_config, **arguments)
-        total = time.perf_counter() - began
-        prompt = int(ids.shape[-1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
-        sequences = getattr(result, "sequences", result)
-        made = int(sequences.shape[-1]) - prompt if isinstance(sequences, torch.Tensor) and sequences.ndim == 2 else 0
-        ttft = watch.first_token_at - began if watch.first_token_at is not None else total
-        self._usage = Usage(
-            prompt_tokens=prompt,
-            completion_tokens=max(0, made),
-            prefill_s=ttft,
-            decode_s=total - ttft,
-            ttft_s=ttft,
-            total_s=total,
-            bypass_reason=reason,
-        )
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"not cached: {reason}", CacheBypassWarning, stacklevel=4)
-        return result
-
-    def _measure(
-        self,
-        found: Match,
-        ids: TokenIds,
-        tiers: dict[str, int],
-        restore: Restore | None,
-        watch: Watch,
-        result: Any,
-        stored: int,
-        began: float,
-        generation_config: Any,
-    ) -> Usage:
-        now = time.perf_counter()
-        first = watch.first_token_at if watch.first_token_at is not None else now
-        ttft = first - began
-        restore_s = min(restore.seconds, ttft) if restore is not None else 0.0
-        cached = sum(tiers.values())
-        computed = len(ids) - cached
-        engine = self._engine
-        # A restore overlaps with the compute, so its seconds are not taken off here.
-        prefill_s = max(0.0, ttft - found.seconds)
-        rate = None
-        if computed >= _RATE_TOKENS and restore is None and prefill_s > 0:
-            rate = computed / prefill_s
-            self._note_rate(rate)
-        known = engine.prefill_rate
-        sequences = getattr(result, "sequences", result)
-        return Usage(
-            prompt_tokens=len(ids),
-            completion_tokens=int(sequences.shape[-1]) - len(ids),
-            cached_tokens_by_tier=tiers,
-            lookup_s=found.seconds,
-            restore_s=restore_s,
-            prefill_s=prefill_s,
-            decode_s=now - first,
-            ttft_s=ttft,
-            total_s=now - began,
-            prefill_tokens_per_second=rate,
-            saved_s=cached / known - restore_s if known and cached else None,
-            miss_reason=miss_reason(engine, found, ids, cached),
-            deterministic=self.deterministic,
-            stored_tokens=stored,
-        )
-
-    def _note_rate(self, rate: float) -> None:
-        self._engine.note_prefill_rate(rate)
-
-    def _report_problems(self) -> None:
-        problems = self.store.take_problems()
-        if problems:
-            warnings.warn("; ".join(problems), StoreWarning, stacklevel=5)
+        request = Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel)
+        with self._lock:
+            refusal = "KVEMBED_DISABLE is set" if is_disabled() else self.support
+            if refusal is None and self.store.closed:
+                refusal = "the store is closed"
+            result, self._usage = self._runner.generate(request, refusal)
+            return result
 
     # --- explicit verbs --------------------------------------------------------------------------------
 
@@ -406,57 +215,9 @@ class CachedModel:
         if self.support is not None:
             raise UnsupportedModelError(f"nothing to prefill: {self.support}")
         with self._lock:
-            began = time.perf_counter()
-            for attempt in range(_ATTEMPTS):
-                try:
-                    return self._prefill_once(ids, progress, began, cold=attempt == _ATTEMPTS - 1)
-                except RestoreError as error:
-                    self.store.discard(error.key, error.reason)
-        raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
-
-    def _prefill_once(self, ids: TokenIds, progress: Progress | None, began: float, *, cold: bool) -> Usage:
-        engine = self._engine
-        engine.check_identity()
-        # One id more than there is, so that the last token may be found stored too.
-        probe = as_token_ids([*ids.tolist(), 0]) if not cold else ids[:1]
-        found = engine.match(probe, deterministic=self.deterministic)
-        sequence, restore, tiers = engine.open(found, ids, len(ids) + 2 * engine.block_size)
-        stored = 0
-        complete = False
-        try:
             shown = self.progress if progress is None else progress
-            with prefill_progress(shown, len(sequence.ids), len(ids)) as on_progress:
-                stored = self._prefill(sequence, ids, on_progress, whole=True)
-            if restore is not None:
-                restore.finish()
-            complete = True
-        except RestoreError:
-            sequence.ids = ids[:0]
-            raise
-        finally:
-            if restore is not None and not complete:
-                restore.cancel()
-            if len(sequence.ids):
-                stored += self._keep(sequence, ids, Watch(), None)
-        total = time.perf_counter() - began
-        cached = sum(tiers.values())
-        computed = len(ids) - cached
-        rate = computed / total if computed >= _RATE_TOKENS and restore is None else None
-        if rate:
-            self._note_rate(rate)
-        self._usage = Usage(
-            prompt_tokens=len(ids),
-            cached_tokens_by_tier=tiers,
-            lookup_s=found.seconds,
-            restore_s=restore.seconds if restore is not None else 0.0,
-            prefill_s=total - found.seconds,
-            total_s=total,
-            prefill_tokens_per_second=rate,
-            deterministic=self.deterministic,
-            stored_tokens=stored,
-        )
-        self._report_problems()
-        return self._usage
+            self._usage = self._runner.prefill(ids, deterministic=self.deterministic, progress=shown)
+            return self._usage
 
     def lookup(self, prompt: Any) -> PrefixMatch:
         """Say how much of a prompt could be reused; computes nothing.
@@ -556,4 +317,5 @@ class CachedModel:
 
     def __repr__(self) -> str:
         state = "cached" if self.support is None else f"passed through: {self.support}"
-        return f"<CachedModel {type(self.hf_model).__name__} {self.hf_model.dtype} on {self.hf_model.device}, {state}, store {self.store.path}>"
+        model = self.hf_model
+        return f"<CachedModel {type(model).__name__} {model.dtype} on {model.device}, {state}, store {self.store.path}>"

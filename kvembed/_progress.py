@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "prefill_progress"]
 
-Progress: TypeAlias = "bool | Literal['auto'] | Callable[[int, int], None]"
+Progress: TypeAlias = "bool | Literal['auto'] | Callable[[int, int], object]"
 """True or False for a bar, ``"auto"`` for one where someone looks, or ``callable(done_tokens, all_tokens)``."""
 
 _AUTO_TOKENS = 2048  # shorter prefills end before a bar would be read
@@ -24,7 +24,7 @@ def _someone_looks() -> bool:
 
 
 @contextmanager
-def prefill_progress(progress: Any, done: int, total: int) -> Iterator[Callable[[int, int], None] | None]:
+def prefill_progress(progress: Any, done: int, total: int) -> Iterator[Callable[[int, int], object] | None]:
     """Yield the function to call after each step, or None when nobody wants to know.
 
     Args:
@@ -33,9 +33,14 @@ def prefill_progress(progress: Any, done: int, total: int) -> Iterator[Callable[
         total: Tokens of the prompt.
     """
     if callable(progress):
-        yield progress
+        callback: Callable[[int, int], object] = progress
+        yield callback
         return
-    if progress is False or progress is None or (progress == "auto" and (total - done < _AUTO_TOKENS or not _someone_looks())):
+    if (
+        progress is False
+        or progress is None
+        or (progress == "auto" and (total - done < _AUTO_TOKENS or not _someone_looks()))
+    ):
         yield None
         return
     from tqdm.auto import tqdm

@@ -11,9 +11,11 @@ from kvembed._errors import ConfigError, PromptError
 from kvembed._keys import as_token_ids
 
 if TYPE_CHECKING:
+    import torch
+
     from kvembed._keys import TokenIds
 
-__all__ = ["check_prompt", "context_length", "encode", "split_chat"]
+__all__ = ["as_prompt", "check_prompt", "context_length", "encode", "split_chat"]
 
 _MARK = "\u241fQUESTION\u241f"
 
@@ -39,9 +41,8 @@ def encode(tokenizer: Any, prompt: Any) -> TokenIds:
             raise ConfigError("the tokenizer has no chat template: pass text, or set tokenizer.chat_template")
         text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
         return as_token_ids(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if hasattr(prompt, "detach"):
-        prompt = prompt.detach().cpu().numpy()
-    ids = np.asarray(prompt)
+    detach = getattr(prompt, "detach", None)
+    ids = np.asarray(prompt if detach is None else detach().cpu().numpy())
     if ids.size == 0:
         return as_token_ids([])
     if ids.dtype.kind not in "iu" or ids.ndim > 2 or (ids.ndim == 2 and ids.shape[0] != 1):
@@ -50,6 +51,13 @@ def encode(tokenizer: Any, prompt: Any) -> TokenIds:
             f"got {type(prompt).__name__} of shape {ids.shape}"
         )
     return as_token_ids(ids)
+
+
+def as_prompt(model: Any, ids: TokenIds) -> torch.Tensor:
+    """Return ids as the int64 tensor ``[1, n]`` on the model's device that ``generate()`` takes."""
+    import torch
+
+    return torch.from_numpy(ids.astype(np.int64))[None].to(device=model.device)
 
 
 def _need(tokenizer: Any, what: str) -> Any:
@@ -75,8 +83,8 @@ def check_prompt(model: Any, ids: TokenIds, max_new_tokens: int = 1) -> None:
     limit = context_length(model)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise PromptError(
-            f"the prompt has {len(ids):,} tokens and {max_new_tokens:,} more are to be generated, but the model's context "
-            f"is {limit:,} tokens: shorten the prompt, split the document, or use a model with a longer context"
+            f"the prompt has {len(ids):,} tokens and {max_new_tokens:,} more are to be generated, but the model's "
+            f"context is {limit:,} tokens: shorten the prompt, split the document, or use a model with a longer context"
         )
 
 

@@ -66,7 +66,9 @@ class Restore:
         self._cache = cache
         self._pieces = list(pieces)
         self._length = self._pieces[-1].end
-        self._firsts = [layer.begin_restore(self._length, self._length // block_size * block_size) for layer in cache.layers]
+        self._firsts = [
+            layer.begin_restore(self._length, self._length // block_size * block_size) for layer in cache.layers
+        ]
         self._ready = [threading.Event() for _ in cache.layers]
         self._lock = threading.Lock()
         self._next = 0
@@ -89,7 +91,9 @@ class Restore:
         if nbytes <= _INLINE_BYTES:
             self._read_layers()
             return
-        self._threads = [threading.Thread(target=self._read_layers, name="kvembed-restore", daemon=True) for _ in range(_READERS)]
+        self._threads = [
+            threading.Thread(target=self._read_layers, name="kvembed-restore", daemon=True) for _ in range(_READERS)
+        ]
         for thread in self._threads:
             thread.start()
 

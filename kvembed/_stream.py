@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvembed._prompt import as_prompt
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -31,13 +33,12 @@ def stream_text(model: CachedModel, ids: TokenIds, max_new_tokens: int, kwargs: 
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancel = threading.Event()
     failure: list[BaseException] = []
-    prompt = torch.from_numpy(ids.astype("int64"))[None].to(model.hf_model.device)
+    prompt = as_prompt(model.hf_model, ids)
 
     def run() -> None:
         try:
             arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": max_new_tokens, **kwargs}
-            with model._lock:
-                model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel)
+            model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel)
         except BaseException as error:
             failure.append(error)
         finally:

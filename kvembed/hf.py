@@ -12,7 +12,7 @@ inside ``update()``: a cache half-way through a forward is torn) and `load_rows`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kvembed._block import Layout, TensorSpec
 from kvembed._errors import UnsupportedModelError
 from kvembed._memory import host_buffer
+from kvembed._rows import Rows, as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from kvembed._tiers._base import BlockSource
 
 __all__ = ["CacheSpec", "FullLayer", "LayerSpec", "SlidingLayer", "capture", "export_cache", "probe_cache_spec"]
 
@@ -35,14 +34,6 @@ _DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-
-
-class Gate(Protocol):
-    """Holds a layer back until its rows have been restored."""
-
-    def wait(self, layer: int) -> None:
-        """Return when rows of ``layer`` are complete; raise when they cannot be."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -105,8 +96,10 @@ class CacheSpec:
     def new_cache(self, model_config: Any, capacity: int) -> DynamicCache:
         """Return an empty cache with room for ``capacity`` tokens in every layer."""
         cache = DynamicCache(config=model_config)
-        memory = _HostMemory(sum(_layer_bytes(s, self._rows(s, capacity)) for s in self.layers if s.device.type == "cpu"))
-        cache.layers = [self._new_layer(i, spec, capacity, memory) for i, spec in enumerate(self.layers)]
+        memory = _HostMemory(
+            sum(_layer_bytes(s, self._rows(s, capacity)) for s in self.layers if s.device.type == "cpu")
+        )
+        cache.layers[:] = [self._new_layer(i, spec, capacity, memory) for i, spec in enumerate(self.layers)]
         return cache
 
     def _rows(self, spec: LayerSpec, capacity: int) -> int:
@@ -147,106 +140,7 @@ class _HostMemory:
         return flat.view(spec.dtype).view(shape)
 
 
-def _as_bytes(tensor: torch.Tensor) -> np.ndarray | None:
-    """Return ``[heads, rows, row_nbytes]`` over the same memory, or None off the CPU."""
-    if tensor.device.type != "cpu":
-        return None
-    return tensor[0].view(torch.uint8).numpy()
-
-
-class _Rows:
-    """The two buffers of one layer, and the part of our layers that does not depend on attention kind.
-
-    Row r holds the token at position ``first + r``; ``length`` tokens have been seen in all.
-    """
-
-    index: int
-    keys: torch.Tensor | None
-    values: torch.Tensor | None
-
-    def _init_rows(self, index: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.index = index
-        self.dtype, self.device = k.dtype, k.device
-        self.is_initialized = True
-        self.first = 0
-        self.captured = 0  # tokens before this one may be dropped once they leave the window
-        self._length = 0
-        self._gate: Gate | None = None
-        self._set_buffers(k, v)
-
-    def _set_buffers(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._k, self._v = k, v
-        self._k8, self._v8 = _as_bytes(k), _as_bytes(v)
-
-    @property
-    def capacity(self) -> int:
-        """Rows allocated."""
-        return self._k.shape[2]
-
-    @property
-    def buffer_nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        return self._k.nbytes + self._v.nbytes
-
-    @property
-    def attached(self) -> bool:
-        """False once something replaced ``keys`` (reorder, repeat, another dtype): then it is a plain layer."""
-        return self.keys is self._k_view
-
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
-        """Write new rows; return the row after them."""
-        row = self._length - self.first
-        end = row + key_states.shape[-2]
-        self._k[:, :, row:end] = key_states
-        self._v[:, :, row:end] = value_states
-        return end
-
-    def _show(self, start: int, end: int) -> None:
-        self.keys = self._k_view = self._k[:, :, start:end]
-        self.values = self._v[:, :, start:end]
-
-    def _fits_rows(self, key_states: torch.Tensor) -> bool:
-        return self.attached and key_states.shape[0] == 1 and key_states.dtype == self.dtype
-
-    def _grow(self, rows: int) -> None:
-        """Move to buffers with at least ``rows`` rows: a quarter more, so that growth stays rare."""
-        rows = max(rows, self.capacity + self.capacity // 4)
-        used = self._length - self.first
-        grown = []
-        for old in (self._k, self._v):
-            new = torch.empty((*old.shape[:2], rows, old.shape[3]), dtype=old.dtype, device=old.device)
-            new[:, :, :used] = old[:, :, :used]
-            grown.append(new)
-        self._set_buffers(*grown)
-
-    def hold(self, gate: Gate) -> None:
-        """Make the next ``update`` wait until the restored rows are complete."""
-        self._gate = gate
-
-    def _pass_gate(self) -> None:
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.wait(self.index)
-
-    def rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values ``[1, heads, end - start, width]`` of tokens ``start..end`` as views."""
-        a, b = start - self.first, end - self.first
-        return self._k[:, :, a:b], self._v[:, :, a:b]
-
-    def load_rows(self, name: str, source: BlockSource, spec_index: int, start: int, end: int, skip: int) -> None:
-        """Fill rows of tokens ``start..end`` from a block, beginning with its token ``skip``."""
-        a, b = start - self.first, end - self.first
-        raw = self._k8 if name == "k" else self._v8
-        if raw is not None:
-            source.read_into(spec_index, raw[:, a:b], skip)
-            return
-        target = (self._k if name == "k" else self._v)[0, :, a:b]
-        staging = np.empty((target.shape[0], b - a, target.shape[2] * target.element_size()), dtype=np.uint8)
-        source.read_into(spec_index, staging, skip)
-        target.copy_(torch.from_numpy(staging).view(target.dtype))
-
-
-class FullLayer(_Rows, DynamicLayer):
+class FullLayer(Rows, DynamicLayer):
     """Full attention: ``[1, heads, capacity, width]`` allocated once, appended in place.
 
     ``keys`` and ``values`` are views of the rows in use, as transformers expects of a `DynamicLayer`.
@@ -272,7 +166,8 @@ class FullLayer(_Rows, DynamicLayer):
             self._grow(end)
         self._append(key_states, value_states)
         self.set_length(end)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -311,7 +206,7 @@ class FullLayer(_Rows, DynamicLayer):
         return layer
 
 
-class SlidingLayer(_Rows, DynamicSlidingWindowLayer):
+class SlidingLayer(Rows, DynamicSlidingWindowLayer):
     """Sliding or chunked window: keeps at least the last ``window - 1`` tokens, in place.
 
     Rows hold more than the window, so that moving the window to the front is rare, that a block is still
@@ -423,7 +318,7 @@ def probe_cache_spec(cache: Any, block_size: int) -> CacheSpec:
     layers = []
     for i, layer in enumerate(cache.layers):
         # The exact type: a subclass may hold more than keys and values.
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModelError(f"layer {i} is a {type(layer).__name__}, which cannot be kept yet")
         keys, values = layer.keys, layer.values
         if keys is None or values is None or keys.ndim != 4 or values.ndim != 4 or keys.shape[1] != values.shape[1]:
@@ -456,7 +351,7 @@ def capture(cache: Any, layout: Layout, start: int, end: int) -> np.ndarray:
             heads, width = rows.shape[1], rows.shape[3] * rows.element_size()
             out = data[at : at + heads * n * width].reshape(heads, n, width)
             at += heads * n * width
-            source = _as_bytes(rows)
+            source = as_bytes(rows)
             if source is not None:
                 np.copyto(out, source)
             else:

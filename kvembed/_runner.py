@@ -1,0 +1,312 @@
+"""One call from start to end: match, restore, prefill, hand over to transformers, store, measure.
+
+A block that turns out bad while its rows are being read stops the forward before any token exists; the call is
+then repeated without it, so the caller sees a slower call and a warning, never an error and never other text.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvembed import hf
+from kvembed._bypass import bypass_reason, generation_value, input_ids_of
+from kvembed._call import PromptOnceStreamer, Watch, with_watch
+from kvembed._errors import CacheBypassWarning, StoreWarning
+from kvembed._explain import miss_reason
+from kvembed._keys import as_token_ids
+from kvembed._progress import prefill_progress
+from kvembed._restore import RestoreError
+from kvembed._usage import Usage
+
+if TYPE_CHECKING:
+    import threading
+
+    from kvembed._engine import Engine
+    from kvembed._keys import TokenIds
+    from kvembed._live import LiveSequence
+    from kvembed._matching import Match
+    from kvembed._progress import Progress
+    from kvembed._restore import Restore
+
+__all__ = ["Request", "Runner"]
+
+_RATE_TOKENS = 64  # a prefill rate is believed when at least this many tokens were computed
+_ATTEMPTS = 4  # the last one restores nothing
+_MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
+
+
+@dataclass
+class Request:
+    """What the caller of ``generate()`` asked for.
+
+    Args:
+        inputs: First positional argument of ``generate()``.
+        generation_config: Second one.
+        kwargs: All others.
+        deterministic: Reuse only what makes the call bit-identical to a cold one.
+        progress: Who wants to see a long prefill.
+        cancel: Set to stop after the current token.
+        began: ``time.perf_counter()`` when the call came in.
+    """
+
+    inputs: Any
+    generation_config: Any
+    kwargs: dict[str, Any]
+    deterministic: bool
+    progress: Progress
+    cancel: threading.Event | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class _Attempt:
+    """State of one attempt, filled as it goes."""
+
+    ids: TokenIds
+    match: Match
+    sequence: LiveSequence
+    restore: Restore | None
+    tiers: dict[str, int]
+    stored: int = 0
+
+
+def _sequence_of(result: Any) -> TokenIds:
+    """Return the ids ``generate()`` returned: prompt and new tokens."""
+    return as_token_ids(getattr(result, "sequences", result)[0].cpu().numpy())
+
+
+class Runner:
+    """Runs calls for one engine.
+
+    Args:
+        engine: Where reuse happens.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._model = engine.model
+        self._store = engine.store
+        self._warned: set[str] = set()
+
+    # --- generate --------------------------------------------------------------------------------------
+
+    def generate(self, request: Request, refusal: str | None) -> tuple[Any, Usage]:
+        """Run one ``generate()``; see `CachedModel.generate`.
+
+        Args:
+            request: The call.
+            refusal: Why it cannot be served, when that is known already.
+        """
+        inputs, config, kwargs = request.inputs, request.generation_config, request.kwargs
+        refusal = refusal or bypass_reason(self._model, inputs, config, kwargs)
+        if refusal is None:
+            self.engine.check_identity()
+            refusal = self.engine.refusal  # the model may have been changed into one that cannot be served
+        if refusal is not None:
+            return self._pass_through(request, refusal)
+        ids = as_token_ids(input_ids_of(inputs, kwargs)[0].cpu().numpy())  # pyright: ignore[reportOptionalSubscript]
+        streamer = kwargs.get("streamer")
+        if streamer is not None:
+            streamer = PromptOnceStreamer(streamer)
+            request.kwargs = {**kwargs, "streamer": streamer}
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._generate_once(request, ids, cold=attempt == _ATTEMPTS - 1)
+            except RestoreError as error:
+                self._store.discard(error.key, error.reason)
+                if streamer is not None:
+                    streamer.repeat()
+        raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
+
+    def _generate_once(self, request: Request, ids: TokenIds, *, cold: bool) -> tuple[Any, Usage]:
+        engine = self.engine
+        room = self._new_tokens(len(ids), request) + engine.block_size
+        attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room)
+        watch = Watch(request.cancel)
+        result = None
+        try:
+            self._prefill(attempt, request.progress, whole=False)
+            arguments = {
+                **request.kwargs,
+                "stopping_criteria": with_watch(request.kwargs.get("stopping_criteria"), watch),
+            }
+            with engine.switch.active():
+                result = self._model.generate(
+                    request.inputs,
+                    generation_config=request.generation_config,
+                    past_key_values=attempt.sequence.cache,
+                    **arguments,
+                )
+            self._end_restore(attempt)
+        except RestoreError:
+            attempt.sequence.ids = ids[:0]  # its rows were never filled: nothing of this cache may be kept
+            raise
+        finally:
+            self._keep(attempt, watch, result)
+        usage = self._usage_of(request, attempt, watch, result)
+        self._report_problems()
+        return result, usage
+
+    def _begin(self, ids: TokenIds, wanted: TokenIds, deterministic: bool, room: int) -> _Attempt:
+        match = self.engine.match(wanted, deterministic=deterministic)
+        sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room)
+        return _Attempt(ids, match, sequence, restore, tiers)
+
+    def _prefill(self, attempt: _Attempt, progress: Progress, *, whole: bool) -> None:
+        def put(sequence: LiveSequence) -> None:
+            attempt.stored += self.engine.capture(sequence, tail=False)
+
+        with prefill_progress(progress, len(attempt.sequence.ids), len(attempt.ids)) as on_progress:
+            self.engine.prefill(attempt.sequence, attempt.ids, whole=whole, on_progress=on_progress, put=put)
+
+    def _end_restore(self, attempt: _Attempt) -> None:
+        if attempt.restore is not None:
+            attempt.restore.finish()
+
+    def _new_tokens(self, prompt_tokens: int, request: Request) -> int:
+        """Tokens to make room for; a wrong guess costs a copy later, nothing else."""
+        new = generation_value(self._model, request.generation_config, request.kwargs, "max_new_tokens")
+        if new is None:
+            total = generation_value(self._model, request.generation_config, request.kwargs, "max_length")
+            new = max(20, (total or 0) - prompt_tokens)
+        return min(int(new), _MOST_NEW_TOKENS)
+
+    def _keep(self, attempt: _Attempt, watch: Watch, result: Any) -> None:
+        """Store what the call has learned, also when it broke off; keep its cache live unless it was given away."""
+        sequence, restore = attempt.sequence, attempt.restore
+        if restore is not None:
+            restore.cancel()
+        if not len(sequence.ids) and result is None and watch.last is None:
+            return
+        seen = attempt.ids
+        if result is not None:
+            seen = _sequence_of(result)
+        elif watch.last is not None:
+            seen = as_token_ids(watch.last[0].cpu().numpy())
+        if not self.engine.settle(sequence, seen):
+            return
+        attempt.stored += self.engine.capture(sequence, tail=True)
+        if result is not None and getattr(result, "past_key_values", None) is not None:
+            hf.export_cache(sequence.cache)
+        else:
+            self.engine.keep(sequence)
+        self._store.touch(sequence.keys)
+        from_disk = [stored.info.key for stored, _ in attempt.match.stored if stored.tier == "disk"]
+        if from_disk:
+            self._store.promote(from_disk)
+
+    # --- prefill ---------------------------------------------------------------------------------------
+
+    def prefill(self, ids: TokenIds, *, deterministic: bool, progress: Progress) -> Usage:
+        """Compute and store the KV of a whole prompt; see `CachedModel.prefill`."""
+        began = time.perf_counter()
+        self.engine.check_identity()
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._prefill_once(ids, deterministic, progress, began, cold=attempt == _ATTEMPTS - 1)
+            except RestoreError as error:
+                self._store.discard(error.key, error.reason)
+        raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
+
+    def _prefill_once(
+        self, ids: TokenIds, deterministic: bool, progress: Progress, began: float, *, cold: bool
+    ) -> Usage:
+        # One id more than there is: a match leaves the last token to be computed, and here none need be.
+        wanted = ids[:1] if cold else as_token_ids([*ids.tolist(), 0])
+        attempt = self._begin(ids, wanted, deterministic, 2 * self.engine.block_size)
+        try:
+            self._prefill(attempt, progress, whole=True)
+            self._end_restore(attempt)
+        except RestoreError:
+            attempt.sequence.ids = ids[:0]
+            raise
+        finally:
+            self._keep(attempt, Watch(), None)
+        total = time.perf_counter() - began
+        computed = len(ids) - sum(attempt.tiers.values())
+        rate = self._rate(computed, total, attempt.restore)
+        self._report_problems()
+        return Usage(
+            prompt_tokens=len(ids),
+            cached_tokens_by_tier=attempt.tiers,
+            lookup_s=attempt.match.seconds,
+            restore_s=attempt.restore.seconds if attempt.restore is not None else 0.0,
+            prefill_s=total - attempt.match.seconds,
+            total_s=total,
+            prefill_tokens_per_second=rate,
+            deterministic=deterministic,
+            stored_tokens=attempt.stored,
+        )
+
+    # --- what it cost ----------------------------------------------------------------------------------
+
+    def _rate(self, computed: int, seconds: float, restore: Restore | None) -> float | None:
+        if computed < _RATE_TOKENS or restore is not None or seconds <= 0:
+            return None
+        rate = computed / seconds
+        self.engine.note_prefill_rate(rate)
+        return rate
+
+    def _usage_of(self, request: Request, attempt: _Attempt, watch: Watch, result: Any) -> Usage:
+        now = time.perf_counter()
+        first = watch.first_token_at if watch.first_token_at is not None else now
+        ttft = first - request.began
+        # A restore overlaps with the compute, so its seconds are not taken off the prefill's.
+        restore_s = min(attempt.restore.seconds, ttft) if attempt.restore is not None else 0.0
+        prefill_s = max(0.0, ttft - attempt.match.seconds)
+        cached = sum(attempt.tiers.values())
+        prompt = len(attempt.ids)
+        rate = self._rate(prompt - cached, prefill_s, attempt.restore)
+        known = self.engine.prefill_rate
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=len(_sequence_of(result)) - prompt,
+            cached_tokens_by_tier=attempt.tiers,
+            lookup_s=attempt.match.seconds,
+            restore_s=restore_s,
+            prefill_s=prefill_s,
+            decode_s=now - first,
+            ttft_s=ttft,
+            total_s=now - request.began,
+            prefill_tokens_per_second=rate,
+            saved_s=cached / known - restore_s if known and cached else None,
+            miss_reason=miss_reason(self.engine, attempt.match, attempt.ids, cached),
+            deterministic=request.deterministic,
+            stored_tokens=attempt.stored,
+        )
+
+    def _pass_through(self, request: Request, reason: str) -> tuple[Any, Usage]:
+        ids = input_ids_of(request.inputs, request.kwargs)
+        watch = Watch(request.cancel)
+        arguments = dict(request.kwargs)
+        # A custom_generate may know nothing of stopping criteria; everything else takes them.
+        if not arguments.get("custom_generate"):
+            arguments["stopping_criteria"] = with_watch(arguments.get("stopping_criteria"), watch)
+        result = self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
+        total = time.perf_counter() - request.began
+        prompt = int(ids.shape[-1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
+        sequences = getattr(result, "sequences", result)
+        made = int(sequences.shape[-1]) - prompt if isinstance(sequences, torch.Tensor) and sequences.ndim == 2 else 0
+        ttft = watch.first_token_at - request.began if watch.first_token_at is not None else total
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"not cached: {reason}", CacheBypassWarning, stacklevel=4)
+        return result, Usage(
+            prompt_tokens=prompt,
+            completion_tokens=max(0, made),
+            prefill_s=ttft,
+            decode_s=total - ttft,
+            ttft_s=ttft,
+            total_s=total,
+            bypass_reason=reason,
+        )
+
+    def _report_problems(self) -> None:
+        problems = self._store.take_problems()
+        if problems:
+            warnings.warn("; ".join(problems), StoreWarning, stacklevel=5)
