@@ -79,14 +79,15 @@ def rebuild(root: Path, progress: Callable[[int, int], None] | None = None) -> i
     with FileLock(str(root / ".rebuild.lock"), mode=0o600):
         mark = Catalog.damage_mark(path)
         if path.exists() and not mark.exists():
+            catalog = None
             try:
                 catalog = Catalog(path)
+                return catalog.counters().blocks
             except sqlite3.DatabaseError:
                 pass
-            else:
-                count = catalog.counters().blocks
-                catalog.close()
-                return count
+            finally:
+                if catalog is not None:
+                    catalog.close()
         _move_aside(root, path)
         for left in root.glob(f".{path.name}.*"):
             unlink_quietly(left)
@@ -101,6 +102,7 @@ def _move_aside(root: Path, path: Path) -> None:
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
+            part.chmod(0o600)
             part.replace(root / "quarantine" / f"{part.name}.{stamp}")
 
 

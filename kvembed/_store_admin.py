@@ -146,7 +146,7 @@ class StoreAdmin(StoreView):
         Blocks before it that lead to other sequences, and blocks pinned under other names, stay.
 
         Args:
-            name: Name it was pinned under.
+            name: Name it was pinned under, with its keys given root side first.
 
         Returns:
             Number of blocks erased.
@@ -158,18 +158,19 @@ class StoreAdmin(StoreView):
         keys = self.pins().get(name)
         if not keys:
             raise ConfigError(f"nothing is pinned under {name!r}")
-        infos = [block.info for block in (self._row(key) for key in keys) if block is not None]
-        infos.sort(key=lambda info: info.start)
         self.unpin(name)
-        if not infos:
-            return 0
-        last = infos[-1]
         erased = 0
         # A block that goes on after the same beginning holds the text too: a question about a document
-        # is stored together with the end of the document, in place of the document's own last block.
-        for sibling in self._same_start(last):
+        # is stored together with the end of the document, and so is what came after it.
+        for sibling in self._same_start(keys[-1]):
             erased += self._erase_subtree(sibling)
-        return erased + self._erase_chain([info.key for info in infos])
+        lost = [key for key in keys if self._row(key) is None]
+        for key in lost:
+            for child in self._children_of(key):
+                erased += self._erase_subtree(child)
+        if self._disk is not None:
+            self._disk.empty_quarantine(lost)
+        return erased + self._erase_chain(keys)
 
     def _row(self, key: bytes) -> _Held | None:
         row = self._catalog.row(key) if self._catalog is not None else None
@@ -186,10 +187,11 @@ class StoreAdmin(StoreView):
             found |= {info.key for info in self._catalog.children(parent)}
         return found
 
-    def _same_start(self, info: BlockInfo) -> list[bytes]:
-        ids = self._token_ids(info.key)
-        if ids is None or len(ids) < PROBE_TOKENS:
-            return [info.key]
+    def _same_start(self, key: bytes) -> list[bytes]:
+        held, ids = self._row(key), self._token_ids(key)
+        if held is None or ids is None or len(ids) < PROBE_TOKENS:
+            return [key]
+        info = held.info
         probe = probe_of(info.parent, ids)
         found = {tail.key for tail in self._cpu.tails(info.parent, probe)} if self._cpu is not None else set[bytes]()
         if self._catalog is not None:

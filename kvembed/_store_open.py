@@ -98,23 +98,24 @@ def _open_writable(result: OpenedFolder) -> None:
     problem = ""
     if Catalog.damage_mark(path).exists():
         problem = "was found damaged"
-    elif not path.exists() and (has_blocks(result.path) or path.with_name(f"{path.name}-wal").exists()):
+    elif (has_blocks(result.path) or path.with_name(f"{path.name}-wal").exists()) and not path.exists():
         problem = "is missing"
     else:
         try:
-            result.catalog = Catalog(path)
+            result.catalog = catalog = Catalog(path)
+            # An empty catalog beside block files: made by opening a file that was cut to nothing. It is
+            # filled, not replaced: another process may just be writing the first block of a new store.
+            if catalog.counters().blocks == 0 and has_blocks(result.path):
+                found = adopt_all(result.path, catalog)
+                result.warnings.append(f"{path} was empty; {found} block files were entered")
         except sqlite3.OperationalError as error:
             raise StoreReadOnlyError(
                 f"{path} cannot be opened ({error}); wait for other users of the folder or pass another path to KVStore"
             ) from error
         except sqlite3.DatabaseError as error:
             problem = f"cannot be used ({error})"
-        else:
-            # An empty catalog beside block files: made by opening a file that was cut to nothing. It is
-            # filled, not replaced: another process may just be writing the first block of a new store.
-            if result.catalog.counters().blocks == 0 and has_blocks(result.path):
-                found = adopt_all(result.path, result.catalog)
-                result.warnings.append(f"{path} was empty; {found} block files were entered")
+            if result.catalog is not None:
+                result.catalog.close()
     if problem:
         found = rebuild(result.path)
         result.catalog = Catalog(path)

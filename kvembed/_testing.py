@@ -5,12 +5,30 @@ In the package, not beside the tests: tests that start other processes, and the 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from kvembed._block import Block, BlockInfo, Layout, TensorSpec
 from kvembed._keys import TokenIds, as_token_ids, block_key, root_key
 
-__all__ = ["FINGERPRINT", "SMALL_LAYOUT", "random_block", "random_chain"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from kvembed._store import KVStore
+
+__all__ = [
+    "FINGERPRINT",
+    "SMALL_LAYOUT",
+    "assert_reads",
+    "block_path",
+    "forget_memory",
+    "keys_of",
+    "put_all",
+    "random_block",
+    "random_chain",
+]
 
 FINGERPRINT = bytes(range(32))
 """Namespace of the blocks made here."""
@@ -63,3 +81,42 @@ def random_chain(
         chain.append(block)
         parent = block.key
     return chain
+
+
+def keys_of(blocks: Iterable[Block]) -> list[bytes]:
+    """Return the keys of blocks."""
+    return [block.key for block in blocks]
+
+
+def put_all(store: KVStore, blocks: Iterable[Block]) -> None:
+    """Put blocks one after the other."""
+    for block in blocks:
+        store.put(block)
+
+
+def forget_memory(store: KVStore) -> None:
+    """Write what waits, then empty the cpu tier, so that reads come from disk."""
+    store.flush()
+    if store._cpu is not None:
+        store._cpu.clear()
+
+
+def block_path(store: KVStore, block: Block) -> Path:
+    """Return where the file of a block lies."""
+    assert store._disk is not None
+    return store._disk.path(block.key)
+
+
+def assert_reads(store: KVStore, block: Block, tier: str) -> None:
+    """Check that a block is read from ``tier``, every bit as it was put."""
+    source = store.open(block.key)
+    assert source is not None
+    try:
+        assert source.tier == tier
+        assert source.info == block.info
+        for index, spec in enumerate(source.layout.tensors):
+            rows = np.zeros((spec.heads, block.info.n_tokens, spec.row_nbytes), np.uint8)
+            source.read_into(index, rows)
+            assert np.array_equal(rows, block.tensor(index))
+    finally:
+        source.close()

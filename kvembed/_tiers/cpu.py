@@ -56,6 +56,7 @@ class _Entry:
     probe: bytes
     used: int
     dirty: bool
+    covered: bool = False
 
 
 class CpuTier:
@@ -166,10 +167,15 @@ class CpuTier:
     def _drop_covered_tails(self, block: Block) -> None:
         n = block.info.n_tokens
         for key in list(self._children.get(block.info.parent, ())):
-            tail = self._entries[key].block
-            short = tail.info.n_tokens
-            if short < n and key not in self._children and np.array_equal(tail.token_ids, block.token_ids[:short]):
-                self._drop(key)
+            entry = self._entries[key]
+            short = entry.block.info.n_tokens
+            if short >= n or key in self._children or key in self._pinned:
+                continue
+            if np.array_equal(entry.block.token_ids, block.token_ids[:short]):
+                # Still to be written: it may be pinned on disk, which only the disk tier knows.
+                entry.covered = True
+                if not entry.dirty:
+                    self._drop(key)
 
     def _drop(self, key: bytes) -> None:
         entry = self._entries.pop(key)
@@ -245,7 +251,10 @@ class CpuTier:
             entry = self._entries.get(key)
             if entry is not None and entry.dirty:
                 entry.dirty = False
-                self._offer(key)
+                if entry.covered and key not in self._children:
+                    self._drop(key)
+                else:
+                    self._offer(key)
 
     def is_dirty(self, key: bytes) -> bool:
         """Return True for a block here that still waits for the disk."""
