@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvembed._errors import ConfigError
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvembed._document import Document
     from kvembed._model import CachedModel
 
-__all__ = ["QUESTIONS", "plain_generate", "reference_text", "trim_to_tokens", "unprepared_document"]
+__all__ = ["QUESTIONS", "Plain", "plain_generate", "reference_text", "trim_to_tokens", "unprepared_document"]
 
 # The statements the questions are about come first, so that a short document answers them too.
 _FIRST = ("assert", "pass", "lambda", "while", "with", "for", "try", "break", "continue", "global", "return")
@@ -26,6 +26,14 @@ QUESTIONS = (
     "What is the with statement used for?",
     "What does the for statement iterate over?",
 )
+
+
+class Plain(NamedTuple):
+    """What transformers alone made of a prompt: new ids, seconds to the first, and from there to the last."""
+
+    token_ids: list[int]
+    ttft_s: float
+    decode_s: float
 
 
 def reference_text() -> str:
@@ -65,11 +73,11 @@ def unprepared_document(model: CachedModel, text: str) -> Document:
     return Document(model, "sample", ids, after, Usage())
 
 
-def plain_generate(model: CachedModel, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
+def plain_generate(model: CachedModel, prompt_ids: Sequence[int], max_new_tokens: int) -> Plain:
     """Generate with transformers alone, greedily, on the very same weights.
 
     Returns:
-        The new ids, and the seconds to the first of them.
+        The new ids, and how long they took.
     """
     import torch
 
@@ -86,5 +94,6 @@ def plain_generate(model: CachedModel, prompt_ids: Sequence[int], max_new_tokens
         max_new_tokens=max_new_tokens,
         stopping_criteria=with_watch(None, watch),
     )
-    first = watch.first_token_at if watch.first_token_at is not None else time.perf_counter()
-    return result[0, prompt.shape[1] :].tolist(), first - began
+    ended = time.perf_counter()
+    first = watch.first_token_at if watch.first_token_at is not None else ended
+    return Plain(result[0, prompt.shape[1] :].tolist(), first - began, ended - first)

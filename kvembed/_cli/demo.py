@@ -23,6 +23,7 @@ from kvembed._units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvembed._cli._sample import Plain
     from kvembed._model import CachedModel
     from kvembed._store import KVStore
 
@@ -174,7 +175,7 @@ def run_demo(plan: Plan, steps: Steps) -> tuple[list[Row], dict[str, Any]]:
 
     began = time.perf_counter()
     rows: list[Row] = []
-    plain: dict[str, tuple[list[int], float]] = {}
+    plain: dict[str, Plain] = {}
     *here, there = plan.questions
     with KVStore(plan.store) as store:
         model, load_s = _load(plan, store, steps)
@@ -231,11 +232,11 @@ def _row(
     process: str,
     expected: str,
     data: dict[str, Any],
-    plain: tuple[Sequence[int], float],
+    plain: Plain,
     document_tokens: int,
     block_size: int,
 ) -> Row:
-    same = list(data["token_ids"]) == list(plain[0])
+    same = list(data["token_ids"]) == plain.token_ids
     return Row(
         question=question,
         process=process,
@@ -244,8 +245,8 @@ def _row(
         cached_tokens_by_tier=data["cached_tokens_by_tier"],
         computed_tokens=data["computed_tokens"],
         ttft_s=data["ttft_s"],
-        plain_ttft_s=plain[1],
-        times_faster=plain[1] / max(data["ttft_s"], 1e-9),
+        plain_ttft_s=plain.ttft_s,
+        times_faster=plain.ttft_s / max(data["ttft_s"], 1e-9),
         same_text=same,
         problem=judge(expected, data, document_tokens, block_size, same),
         answer=data["text"],
@@ -295,11 +296,12 @@ def _show(rows: list[Row], facts: dict[str, Any], plan: Plan, keep: bool) -> Non
         out.print(f"? {row.question}", style="bold", markup=False)
         out.print(f"  {' '.join(row.answer.split())}", markup=False)
     cells: list[tuple[object, ...]] = []
-    for row in rows:
+    for number, row in enumerate(rows):
+        again = any(row.question == earlier.question for earlier in rows[:number])
         tiers = " + ".join(f"{name} {format_count(n)}" for name, n in row.cached_tokens_by_tier.items()) or "none"
         cells.append(
             (
-                row.question,
+                f"{row.question}{' (asked again)' if again else ''}",
                 row.process,
                 tiers,
                 format_count(row.computed_tokens),
