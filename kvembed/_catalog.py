@@ -26,6 +26,7 @@ __all__ = ["BlockRow", "Catalog", "Counters"]
 
 _CHUNK = 500  # keys in one statement; SQLite before 3.32 allows 999 variables
 _TOMBSTONES = 20_000
+_TRIM_EVERY = 200  # finding the oldest one to keep steps over all the others
 _BUSY_S = 5.0
 _INFO = "key, parent, namespace, start, n_tokens, exact, nbytes"
 
@@ -63,16 +64,18 @@ class Catalog:
     Args:
         path: The database file; created when missing.
         read_only: Open without writing anything.
+        sync: Wait for the device at every commit.
 
     Raises:
         sqlite3.DatabaseError: The file is not a database.
         StoreFormatError: It was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, sync: bool = False) -> None:
         self.path = path
         self.read_only = read_only
-        self._connections = Connections(path, read_only=read_only)
+        self._connections = Connections(path, read_only=read_only, sync=sync)
+        self._deleted = _TRIM_EVERY
         self._touch_lock = threading.Lock()
         self._touched: dict[bytes, float] = {}
         self._hits: dict[bytes, int] = {}
@@ -117,6 +120,7 @@ class Catalog:
         """Make the catalog usable in a forked child; what waits to be written is the parent's."""
         self._touch_lock = threading.Lock()
         self._touched, self._hits = {}, {}
+        self._connections.after_fork()
 
     def note_damage(self, error: BaseException) -> None:
         """Have the catalog made again at the next opening, if ``error`` says that it is damaged."""
@@ -255,7 +259,9 @@ class Catalog:
                     gone.append(key)
                     if reason is not None:
                         db.execute("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?)", (key, reason, time.time()))
-            if gone and reason is not None:
+            self._deleted += len(gone)
+            if reason is not None and self._deleted >= _TRIM_EVERY:
+                self._deleted = 0
                 sql = (
                     "DELETE FROM tombstones WHERE time < "
                     "(SELECT time FROM tombstones ORDER BY time DESC LIMIT 1 OFFSET ?)"
@@ -284,6 +290,17 @@ class Catalog:
                 )
             }
         )
+
+    def claim(self, task: str, every_s: float) -> bool:
+        """Return True when a task is due, and then not again, in any process, before ``every_s`` have passed."""
+        now = time.time()
+        with self.transaction() as db:
+            row = db.execute("SELECT value FROM meta WHERE name = ?", (task,)).fetchone()
+            # A clock set back must not put the task off for years.
+            if row is not None and now - every_s < row[0] <= now:
+                return False
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (task, now))
+        return True
 
     # -- use ---------------------------------------------------------------------------------------
 

@@ -59,11 +59,14 @@ class Connections:
     Args:
         path: The database file; created when missing.
         read_only: Open without writing anything.
+        sync: Wait for the device at every commit.
     """
 
-    def __init__(self, path: Path, *, read_only: bool) -> None:
+    def __init__(self, path: Path, *, read_only: bool, sync: bool = False) -> None:
         self._path = path
         self._read_only = read_only
+        self._sync = sync
+        self._lock = threading.Lock()
         self._local = threading.local()
         self._kept: list[sqlite3.Connection] = []
         self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
@@ -83,7 +86,8 @@ class Connections:
         held: _Connection | None = getattr(self._local, "held", None)
         if held is None or held.pid != os.getpid():
             held = self._local.held = _Connection(self._connect(), self._kept)
-            self._all.add(held)
+            with self._lock:
+                self._all.add(held)
         return held.db
 
     def _connect(self) -> sqlite3.Connection:
@@ -118,9 +122,9 @@ class Connections:
         try:
             if not self._read_only:
                 _use_wal(db)
-                # A power cut may lose the last commits, never the database; lost rows are found again by
-                # the clean-up, since the files are the truth.
-                db.execute("PRAGMA synchronous = NORMAL")
+                # NORMAL: a power cut may lose the last commits, never the database; lost rows are found
+                # again by the clean-up, since the files are the truth.
+                db.execute(f"PRAGMA synchronous = {'FULL' if self._sync else 'NORMAL'}")
         except BaseException:
             db.close()
             raise
@@ -129,5 +133,11 @@ class Connections:
     def close(self) -> None:
         """Close the connections of every thread; harmless when repeated."""
         self._closed = True
-        for held in list(self._all):
+        with self._lock:
+            everyone = list(self._all)
+        for held in everyone:
             held.close()
+
+    def after_fork(self) -> None:
+        """Make the object usable in a forked child."""
+        self._lock = threading.Lock()

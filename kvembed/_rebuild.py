@@ -26,6 +26,7 @@ __all__ = ["block_files", "adopt_all", "has_blocks", "housekeeping", "read_row",
 
 _SUFFIX = ".safetensors"
 _STALE_S = 3600.0
+_HOUSEKEEPING_S = 6 * 3600.0
 
 
 def block_files(root: Path) -> Iterator[os.DirEntry[str]]:
@@ -113,10 +114,11 @@ def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) 
     try:
         for file in sorted((root / "namespaces").glob("*.json")):
             try:
-                fields = json.loads(file.read_text())
-                catalog.add_namespace(bytes.fromhex(file.stem), fields)
-            except (ValueError, OSError):
+                digest, fields = bytes.fromhex(file.stem), json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError, RecursionError):
                 continue  # a namespace without fields only explains less
+            if len(digest) == 32 and isinstance(fields, dict):
+                catalog.add_namespace(digest, fields)
         count = adopt_all(root, catalog, progress)
         # Back into one file, so that one rename puts it in place.
         with catalog.connection() as db:
@@ -150,6 +152,9 @@ def housekeeping(disk: DiskTier) -> Iterator[None]:
     Temporary files older than an hour are deleted; blocks that have a file but no row (the crash came
     between the two) are entered, so that they count against the budget and can be found.
     """
+    # Once in a while, not by every process: a large store has many files to look at.
+    if not disk.catalog.claim("housekeeping", _HOUSEKEEPING_S):
+        return
     before = time.time() - _STALE_S
     try:
         folders = sorted(Path(entry.path) for entry in os.scandir(disk.root / "blocks") if entry.is_dir())

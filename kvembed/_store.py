@@ -86,7 +86,7 @@ class KVStore(StoreAdmin):
         if max_disk_bytes is not None and max_disk_bytes != 0:
             from kvembed._store_open import open_folder
 
-            opened = open_folder(path, read_only)
+            opened = open_folder(path, read_only, sync=durability == "safe")
             self.path, self._catalog, self._read_only = opened.path, opened.catalog, opened.read_only
             if opened.catalog is not None:
                 used = opened.catalog.counters().file_bytes

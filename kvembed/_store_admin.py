@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from kvembed._eviction import choose
 from kvembed._keys import PROBE_TOKENS, probe_of
 from kvembed._store_types import PruneReport, VerifyReport
 from kvembed._store_view import StoreView, explicit
+from kvembed._units import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -26,6 +27,15 @@ __all__ = ["StoreAdmin"]
 class _Held:
     info: BlockInfo
     pins: int
+
+
+class Named(Protocol):
+    """Something that was pinned under its name."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+        ...
 
 
 class StoreAdmin(StoreView):
@@ -95,7 +105,7 @@ class StoreAdmin(StoreView):
     def prune(
         self,
         older_than_s: float | None = None,
-        max_bytes: int | None = None,
+        max_bytes: int | str | None = None,
         *,
         unpinned_only: bool = True,
         dry_run: bool = False,
@@ -104,7 +114,8 @@ class StoreAdmin(StoreView):
 
         Args:
             older_than_s: Delete blocks unused for more than so many seconds.
-            max_bytes: Then delete the longest unused ones until the disk tier is no larger than this.
+            max_bytes: Then delete the longest unused ones until the blocks on disk take no more than this; bytes
+                or text such as ``"10GiB"``.
             unpinned_only: Spare pinned blocks.
             dry_run: Only count.
         """
@@ -115,8 +126,9 @@ class StoreAdmin(StoreView):
             return PruneReport(0, 0, dry_run)
         self._disk.catalog.flush_touches()
         rows = list(self._disk.catalog.rows())
+        limit = None if max_bytes is None else parse_bytes(max_bytes, name="max_bytes")
         before = None if older_than_s is None else time.time() - older_than_s
-        chosen = choose(rows, before, max_bytes, unpinned_only)
+        chosen = choose(rows, before, limit, unpinned_only)
         nbytes = sum(row.file_bytes for row in chosen)
         if not dry_run:
             self._erase([row.info.key for row in chosen])
@@ -140,13 +152,14 @@ class StoreAdmin(StoreView):
         return self._erase_chain([info.key for info in self._chain(self._find(what))])
 
     @explicit()
-    def forget(self, name: str) -> int:
-        """Unpin a name and erase every block that only its text needed, what was asked about it included.
+    def forget(self, what: str | Iterable[bytes] | Named) -> int:
+        """Erase a text: unpin it and erase every block that only its text needed, what was asked about it included.
 
         Blocks before it that lead to other sequences, and blocks pinned under other names, stay.
 
         Args:
-            name: Name it was pinned under, with its keys given root side first.
+            what: The name it is pinned under, something with that ``name`` (a document), or its keys; keys are
+                given root side first, here and when they were pinned.
 
         Returns:
             Number of blocks erased.
@@ -155,10 +168,17 @@ class StoreAdmin(StoreView):
             ConfigError: Nothing is pinned under this name.
         """
         self._begin_change()
-        keys = self.pins().get(name)
+        keys: list[bytes]
+        if isinstance(what, str) or isinstance(getattr(what, "name", None), str):
+            name = what if isinstance(what, str) else str(getattr(what, "name", ""))
+            keys = self.pins().get(name, [])
+            if not keys:
+                raise ConfigError(f"nothing is pinned under {name!r}; pass keys to forget what is not pinned")
+            self.unpin(name)
+        else:
+            keys = list(cast("Iterable[bytes]", what))
         if not keys:
-            raise ConfigError(f"nothing is pinned under {name!r}")
-        self.unpin(name)
+            return 0
         erased = 0
         # A block that goes on after the same beginning holds the text too: a question about a document
         # is stored together with the end of the document, and so is what came after it.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvembed._catalog import Catalog
-from kvembed._errors import ConfigError, StoreReadOnlyError
+from kvembed._errors import ConfigError, StoreError, StoreReadOnlyError
 from kvembed._paths import make_private_dir, store_dir
 from kvembed._rebuild import adopt_all, has_blocks, rebuild
 
@@ -37,7 +37,7 @@ class OpenedFolder:
     writer: str = "kvembed"
 
 
-def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None) -> OpenedFolder:
+def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None, *, sync: bool = False) -> OpenedFolder:
     """Open the folder of a store; see `kvembed.KVStore` for the arguments and errors."""
     folder = store_dir() if path is None else Path(path).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
@@ -58,7 +58,7 @@ def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None) -> 
     if result.read_only:
         _open_read_only(result)
     else:
-        _open_writable(result)
+        _open_writable(result, sync)
     return result
 
 
@@ -93,7 +93,7 @@ def _open_read_only(result: OpenedFolder) -> None:
         result.warnings.append(f"{path} cannot be read ({error}); blocks on disk are not used")
 
 
-def _open_writable(result: OpenedFolder) -> None:
+def _open_writable(result: OpenedFolder, sync: bool) -> None:
     path = result.path / CATALOG_NAME
     problem = ""
     if Catalog.damage_mark(path).exists():
@@ -102,14 +102,14 @@ def _open_writable(result: OpenedFolder) -> None:
         problem = "is missing"
     else:
         try:
-            result.catalog = catalog = Catalog(path)
+            result.catalog = catalog = Catalog(path, sync=sync)
             # An empty catalog beside block files: made by opening a file that was cut to nothing. It is
             # filled, not replaced: another process may just be writing the first block of a new store.
             if catalog.counters().blocks == 0 and has_blocks(result.path):
                 found = adopt_all(result.path, catalog)
                 result.warnings.append(f"{path} was empty; {found} block files were entered")
         except sqlite3.OperationalError as error:
-            raise StoreReadOnlyError(
+            raise StoreError(
                 f"{path} cannot be opened ({error}); wait for other users of the folder or pass another path to KVStore"
             ) from error
         except sqlite3.DatabaseError as error:
@@ -118,5 +118,5 @@ def _open_writable(result: OpenedFolder) -> None:
                 result.catalog.close()
     if problem:
         found = rebuild(result.path)
-        result.catalog = Catalog(path)
+        result.catalog = Catalog(path, sync=sync)
         result.warnings.append(f"{path} {problem}; it was made again from {found} block files")

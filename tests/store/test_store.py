@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[KVStore]:
     with KVStore(tmp_path / "store", max_cpu_bytes="1MiB", max_disk_bytes="16MiB") as store:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-
 def test_a_bad_file_is_a_miss_once_and_kept_aside(tmp_path: Path) -> None:
     chain = random_chain(3)
     with KVStore(tmp_path, max_cpu_bytes=None) as store:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -116,7 +117,7 @@ def test_prune_to_a_size(store: KVStore) -> None:
     store.flush()
     store.touch(keys_of(chains[0]))
     assert store.prune().blocks == 0
-    assert store.prune(max_bytes=5 * 8192).blocks == 7
+    assert store.prune(max_bytes="40KiB").blocks == 7
     assert [len(store.lookup(keys_of(chain))) for chain in chains] == [4, 0, 1]
 
 
@@ -209,6 +210,21 @@ def test_a_pinned_end_is_kept_when_a_longer_one_comes_before_it_is_written(
     gate.set()
     store.flush()
     assert [len(store.lookup([b.key])) for b in (unpinned, end, longer)] == [0, 1, 1]
+
+
+def test_forget_takes_a_document_or_keys(store: KVStore) -> None:
+    @dataclass
+    class Document:
+        name: str
+
+    a, b = random_chain(2, seed=1), random_chain(2, seed=2)
+    put_all(store, a + b)
+    store.pin(keys_of(a), "report")
+    assert store.forget(Document("report")) == 2
+    assert store.forget(keys_of(b)) == 2
+    assert store.forget([]) == 0
+    with pytest.raises(ConfigError, match="'report'"):
+        store.forget(Document("report"))
 
 
 def test_remove_by_a_pinned_name_forgets_it(store: KVStore) -> None:
