@@ -396,6 +396,8 @@ class Engine:
         self._account()
 
     def _account(self) -> None:
+        if self.store.closed:
+            return  # nothing is counted any more
         on_host = self.model.device.type == "cpu"
         self.store.reserve(self._owner, self.live.nbytes if on_host else 0)
 
