@@ -217,6 +217,22 @@ class Catalog:
         sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? ORDER BY last_used DESC LIMIT 1000"
         return [self._info(row) for row in self._db().execute(sql, (parent,)).fetchall()]
 
+    def chain(self, key: bytes) -> list[BlockInfo]:
+        """Return a block and those that lead to it, as far as they are here, starting with the block."""
+        names = ", ".join(f"b.{name}" for name in _INFO.split(", "))
+        sql = (
+            f"WITH RECURSIVE chain AS (SELECT {_INFO}, 0 AS depth FROM blocks WHERE key = ? UNION ALL "
+            f"SELECT {names}, depth + 1 FROM chain JOIN blocks b ON b.key = chain.parent) "
+            f"SELECT {_INFO} FROM chain ORDER BY depth"
+        )
+        return [self._info(row) for row in self._db().execute(sql, (key,)).fetchall()]
+
+    def leaves_named(self, digits: str) -> list[bytes]:
+        """Return the keys of blocks that none follows and whose hexadecimal form begins with ``digits``."""
+        low, high = (bytes.fromhex(digits.ljust(64, fill)) for fill in "0f")
+        sql = "SELECT key FROM blocks WHERE key BETWEEN ? AND ? AND children = 0 LIMIT 100"
+        return [row[0] for row in self._db().execute(sql, (low, high)).fetchall()]
+
     def tails(self, parent: bytes, probe: bytes) -> list[BlockInfo]:
         """Return the children of ``parent`` that begin with the tokens of ``probe``, latest first, at most 64."""
         sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? AND probe = ? ORDER BY last_used DESC LIMIT 64"

@@ -209,7 +209,7 @@ def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False)
     Raises:
         OSError: The disk is full, the folder cannot be written ...; nothing is left behind.
     """
-    temp = temp_path(path)
+    temp, new_folder = temp_path(path), False
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _BINARY
     try:
         try:
@@ -217,6 +217,7 @@ def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False)
         except FileNotFoundError:
             # Also when another process has just removed the empty folder: hence here, not before.
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            new_folder = True
             fd = os.open(temp, flags, 0o600)
         try:
             write_all(fd, buffers)
@@ -230,6 +231,8 @@ def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False)
         raise
     if sync:
         fsync_dir(path.parent)
+        if new_folder:
+            fsync_dir(path.parent.parent)
 
 
 def fsync_dir(path: Path) -> None:

@@ -173,7 +173,8 @@ class KVStore(StoreAdmin):
         on_disk: dict[bytes, BlockInfo] = {}
         if self._disk is not None and not all(fits):
             with self._quiet("lookup"):
-                on_disk = self._disk.catalog.get([key for key, fit in zip(keys, fits, strict=True) if not fit])
+                wanted = [key for key, fit in zip(keys, fits, strict=True) if not fit]
+                on_disk = {info.key: info for info in self._disk.contains(wanted) if info is not None}
         for key, info, fit in zip(keys, here, fits, strict=True):
             if fit and info is not None:
                 result.append(StoredBlock(info, "cpu"))
@@ -250,7 +251,7 @@ class KVStore(StoreAdmin):
         found: dict[bytes, BlockInfo] = {}
         if self._disk is not None:
             with self._quiet("children"):
-                found = {info.key: info for info in self._disk.catalog.children(parent)}
+                found = {info.key: info for info in self._disk.children(parent)}
         if self._cpu is not None:
             found |= {info.key: info for info in self._cpu.children(parent)}
         return list(found.values())

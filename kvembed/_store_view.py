@@ -162,7 +162,8 @@ class StoreView:
         self._enter()
         if sort not in _SORTS:
             raise ConfigError(f"sort must be one of {', '.join(map(repr, _SORTS))}, got {sort!r}")
-        in_memory = {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
+        in_memory = self._in_memory()
+        known = dict(in_memory)
         followed = {info.parent for info in in_memory.values()}
         entries: list[PrefixEntry] = []
         names = self._names_by_key()
@@ -173,10 +174,10 @@ class StoreView:
             for row in self._catalog.rows(tail):
                 if row.info.key not in followed:
                     seen.add(row.info.key)
-                    entries.append(self._entry(row.info, row.last_used, in_memory, names, models))
+                    entries.append(self._entry(row.info, row.last_used, in_memory, known, names, models))
         waiting = [info for info in in_memory.values() if info.key not in followed and info.key not in seen]
         on_disk = self._catalog.get([info.key for info in waiting]) if self._catalog is not None else {}
-        new = [self._entry(i, None, in_memory, names, models) for i in waiting if i.key not in on_disk]
+        new = [self._entry(i, None, in_memory, known, names, models) for i in waiting if i.key not in on_disk]
         entries = new + entries
         if sort == "tokens":
             entries.sort(key=lambda entry: -entry.n_tokens)
@@ -187,10 +188,11 @@ class StoreView:
         info: BlockInfo,
         last_used: float | None,
         in_memory: dict[bytes, BlockInfo],
+        known: dict[bytes, BlockInfo],
         names: dict[bytes, list[str]],
         models: dict[bytes, str],
     ) -> PrefixEntry:
-        chain = self._chain(info.key, in_memory)
+        chain = self._chain(info.key, known)
         return PrefixEntry(
             key=info.key,
             n_tokens=info.start + info.n_tokens,
@@ -203,19 +205,22 @@ class StoreView:
             namespace=info.namespace,
         )
 
-    def _chain(self, key: bytes, in_memory: dict[bytes, BlockInfo] | None = None) -> list[BlockInfo]:
-        """Return the blocks from the root to ``key`` that are stored, root side first."""
-        if in_memory is None:
-            in_memory = {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
+    def _chain(self, key: bytes, known: dict[bytes, BlockInfo] | None = None) -> list[BlockInfo]:
+        """Return the blocks from the root to ``key`` that are stored, root side first; ``known`` is added to."""
+        if known is None:
+            known = self._in_memory()
         chain: list[BlockInfo] = []
         while True:
-            info = in_memory.get(key)
-            if info is None and self._catalog is not None:
-                info = self._catalog.get([key]).get(key)
+            if key not in known and self._catalog is not None:
+                known |= {info.key: info for info in self._catalog.chain(key)}
+            info = known.get(key)
             if info is None:
                 return chain[::-1]
             chain.append(info)
             key = info.parent
+
+    def _in_memory(self) -> dict[bytes, BlockInfo]:
+        return {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
 
     def _names_by_key(self) -> dict[bytes, list[str]]:
         result: dict[bytes, list[str]] = {}
@@ -233,8 +238,16 @@ class StoreView:
     def _find(self, what: str | bytes) -> bytes:
         if isinstance(what, bytes):
             return what
-        entries = [entry for entry in self.ls(limit=None) if entry.key.hex().startswith(what.lower())] if what else []
-        if len(entries) != 1:
-            found = f"{len(entries)} sequences begin" if entries else "no stored sequence begins"
-            raise ConfigError(f"{found} with {what!r}; `kvembed ls` shows them")
-        return entries[0].key
+        digits = what.lower()
+        found: set[bytes] = set()
+        if digits and len(digits) <= 64 and not digits.strip("0123456789abcdef"):
+            in_memory = self._in_memory()
+            followed = {info.parent for info in in_memory.values()}
+            found = {key for key in in_memory if key.hex().startswith(digits)}
+            if self._catalog is not None:
+                found.update(self._catalog.leaves_named(digits))
+            found -= followed
+        if len(found) != 1:
+            words = f"{len(found)} stored sequences begin" if found else "no stored sequence begins"
+            raise ConfigError(f"{words} with {what!r}; `kvembed ls` shows them")
+        return found.pop()

@@ -115,9 +115,12 @@ class Writer:
                 if not self._blocks and not self._busy:
                     self._blocks.append((block, True))
                     break
-                # Polled too: a thread that died would never say so.
                 self._start()
-                self._changed.wait(1.0)
+                if self._thread is None or not self._thread.is_alive():
+                    self._drain_here()
+                else:
+                    # Polled too: a thread that dies would never say so.
+                    self._changed.wait(1.0)
             self._start()
             self._changed.notify_all()
 
@@ -251,8 +254,13 @@ class Writer:
         return None
 
     def _keep_house(self) -> None:
-        if self._housekeeping is not None and next(self._housekeeping, self) is self:
-            self._housekeeping = None
+        steps = self._housekeeping
+        try:
+            if steps is None or next(steps, self) is not self:
+                return
+        except (OSError, sqlite3.Error) as error:
+            self._report("housekeeping", f"cleaning up the store failed: {error}")
+        self._housekeeping = None
 
     def _do(self, job: Callable[[], None]) -> None:
         try:
@@ -274,8 +282,8 @@ class Writer:
         cpu, disk = self._cpu, self._disk
         if disk is None:
             return
-        if not outside and cpu is not None and not cpu.is_dirty(block.key):
-            return  # replaced by a longer tail, or removed, while it waited
+        if not outside and cpu is not None and not cpu.is_dirty(block):
+            return  # removed, or replaced by a better one, while it waited
         self._writing = True
         try:
             if time.monotonic() >= self._paused_until:
@@ -283,7 +291,7 @@ class Writer:
         finally:
             self._writing = False
             if cpu is not None:
-                cpu.mark_clean(block.key)
+                cpu.mark_clean(block)
         if outside and cpu is not None:
             cpu.put(block)
 

@@ -245,21 +245,22 @@ class CpuTier:
                 self._reserved[owner] = nbytes
             self._make_room(0)
 
-    def mark_clean(self, key: bytes) -> None:
-        """Say that a block need not wait for the disk any more."""
+    def mark_clean(self, block: Block) -> None:
+        """Say that a block need not wait for the disk any more; another one with its key still does."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None and entry.dirty:
-                entry.dirty = False
-                if entry.covered and key not in self._children:
-                    self._drop(key)
-                else:
-                    self._offer(key)
+            entry = self._entries.get(block.key)
+            if entry is None or entry.block is not block or not entry.dirty:
+                return
+            entry.dirty = False
+            if entry.covered and block.key not in self._children:
+                self._drop(block.key)
+            else:
+                self._offer(block.key)
 
-    def is_dirty(self, key: bytes) -> bool:
-        """Return True for a block here that still waits for the disk."""
-        entry = self._entries.get(key)
-        return entry is not None and entry.dirty
+    def is_dirty(self, block: Block) -> bool:
+        """Return True when this very block is here and still waits for the disk."""
+        entry = self._entries.get(block.key)
+        return entry is not None and entry.block is block and entry.dirty
 
     def set_pinned(self, keys: Iterable[bytes]) -> None:
         """Spare ``keys`` from eviction; replaces what was pinned before."""

@@ -68,6 +68,8 @@ class DiskTier:
         self._sync = durability == "safe"
         self._report = report
         self._writer = writer
+        # Found bad, but the catalog could not be told (it is read-only, or locked).
+        self._bad: set[bytes] = set()
 
     # -- what is here ------------------------------------------------------------------------------
 
@@ -95,11 +97,18 @@ class DiskTier:
     def contains(self, keys: Sequence[bytes]) -> list[BlockInfo | None]:
         """Return, for each key, what is known of the block, or None when it is not here."""
         found = self.catalog.get(keys)
-        return [found.get(key) for key in keys]
+        return [None if key in self._bad else found.get(key) for key in keys]
 
     def tails(self, parent: bytes, probe: bytes) -> list[BlockInfo]:
         """Return children of ``parent`` whose first tokens hash to ``probe``, latest first, at most 64."""
-        return self.catalog.tails(parent, probe)
+        return self._sound(self.catalog.tails(parent, probe))
+
+    def children(self, parent: bytes) -> list[BlockInfo]:
+        """Return every child of ``parent``, latest first."""
+        return self._sound(self.catalog.children(parent))
+
+    def _sound(self, infos: list[BlockInfo]) -> list[BlockInfo]:
+        return [info for info in infos if info.key not in self._bad] if self._bad else infos
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -129,6 +138,7 @@ class DiskTier:
             if old is None:
                 self._unlink(info.key)
             raise
+        self._bad.discard(info.key)
         self._drop_covered_tails(block, probe)
         return True
 
@@ -187,6 +197,8 @@ class DiskTier:
 
     def open(self, key: bytes) -> BlockFileSource | None:
         """Open a block for reading, or None when it is not here or cannot be trusted."""
+        if key in self._bad:
+            return None
         try:
             source = open_block(self.path(key))
             if source.info.key == key:
@@ -216,6 +228,7 @@ class DiskTier:
     def quarantine(self, key: bytes, reason: str) -> None:
         """Move a file that must not be used out of the way, and forget the block."""
         self._report(f"bad:{key.hex()}", f"block {key.hex()[:12]} was dropped: {reason}")
+        self._bad.add(key)
         if self.catalog.read_only:
             return
         path = self.path(key)
@@ -254,6 +267,7 @@ class DiskTier:
         with contextlib.suppress(sqlite3.Error):
             if not self.catalog.read_only:
                 self.catalog.delete([key], reason)
+                self._bad.discard(key)
 
     # -- the rest ----------------------------------------------------------------------------------
 

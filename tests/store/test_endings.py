@@ -117,12 +117,15 @@ def test_a_store_that_is_dropped_ends_its_thread_and_loses_nothing(tmp_path: Pat
     assert stored(tmp_path, chain) == 10
 
 
-def test_work_is_done_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cpu", ["1MiB", None])
+def test_work_is_done_where_no_thread_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: str | None
+) -> None:
     def fail(_: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
     chain = random_chain(3)
-    store = KVStore(tmp_path)
+    store = KVStore(tmp_path, max_cpu_bytes=cpu)
     monkeypatch.setattr(threading.Thread, "start", fail)
     put_all(store, chain)
     assert store.flush()

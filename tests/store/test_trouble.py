@@ -311,6 +311,25 @@ def test_read_only_reads_and_changes_nothing(tmp_path: Path) -> None:
     assert contents() == before
 
 
+def test_a_bad_block_of_a_read_only_store_is_found_once(tmp_path: Path) -> None:
+    chain = random_chain(3)
+    with KVStore(tmp_path) as store:
+        put_all(store, chain)
+        store.flush()
+        path = block_path(store, chain[1])
+    path.write_bytes(b"garbage")
+    with KVStore(tmp_path, read_only=True) as store:
+        assert len(store.lookup(keys_of(chain))) == 3
+        assert store.open(chain[1].key) is None
+        assert len(store.lookup(keys_of(chain))) == 1
+        store.discard(chain[0].key, "its bytes changed")
+        assert store.lookup(keys_of(chain)) == []
+        assert store.find_tail(chain[0].info.parent, chain[0].token_ids) is None
+        assert store.open(chain[0].key) is None
+        assert len(store.take_problems()) == 2
+    assert path.read_bytes() == b"garbage"
+
+
 def test_read_only_needs_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreReadOnlyError, match="holds no store"):
         KVStore(tmp_path / "none", read_only=True)

@@ -91,6 +91,22 @@ def test_pin_by_digits_pins_the_whole_sequence(store: KVStore) -> None:
         store.pin([])
 
 
+def test_digits_that_fit_several_sequences(store: KVStore) -> None:
+    blocks = [random_block(seed=n) for n in range(40)]
+    put_all(store, blocks)
+    first = [block.key.hex()[0] for block in blocks]
+    (digit,) = [d for d in set(first) if first.count(d) > 1][:1]
+    for flush in (False, True):
+        with pytest.raises(ConfigError, match=f"{first.count(digit)} stored sequences begin with '{digit}'"):
+            store.pin(digit)
+        assert store.pin(blocks[0].key.hex().upper()) == blocks[0].key.hex()[:12]
+        if not flush:
+            forget_memory(store)
+    for odd in ("xyz", "'", "%", "a" * 65):
+        with pytest.raises(ConfigError, match="no stored sequence"):
+            store.remove(odd)
+
+
 def test_prune_by_age_spares_what_is_pinned_and_what_leads_to_it(store: KVStore) -> None:
     old, pinned, new = (random_chain(3, seed=n) for n in range(3))
     put_all(store, old + pinned)

@@ -113,6 +113,22 @@ def test_a_slow_disk_slows_put_down_and_memory_stays_bounded(
             assert_reads(store, block, "disk")
 
 
+def test_an_exact_block_put_while_a_rough_one_waits_is_the_one_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = random_block(seed=1)
+    rough = random_block(ids=exact.token_ids, seed=2, exact=False)
+    with KVStore(tmp_path) as store:
+        disk = SlowDisk(store, monkeypatch)
+        store.put(random_block(seed=9))  # keeps the writer busy
+        store.put(rough)
+        store.put(exact)
+        disk.go.set()
+        forget_memory(store)
+        assert_reads(store, exact, "disk")
+        assert disk.written.count(exact.key) == 1
+
+
 def test_memory_held_by_a_live_cache_does_not_stop_storing(tmp_path: Path) -> None:
     chain = random_chain(20)
     with KVStore(tmp_path, max_cpu_bytes=1 << 20) as store:
