@@ -18,6 +18,7 @@ full checksum.
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import blake3
@@ -34,6 +35,7 @@ FORMAT = 1
 """Version of the KV byte format; a new one makes every older block a miss."""
 
 _SAMPLED_WORDS = 8
+_RECORDERS = "transformers.utils.output_capturing"
 _NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
 
 
@@ -94,14 +96,29 @@ def _config_text(config: Any) -> str:
     return json.dumps(fields, sort_keys=True, default=str)
 
 
-def _module_states(model: torch.nn.Module) -> str:
-    """Class, hooks and adapter switches of every module: what changes a forward without changing a weight."""
+def _hook_ids(module: torch.nn.Module) -> list[int]:
+    """Return the handle ids of hooks that may change a forward; torch gives each out once in a process."""
+    # transformers' recorders only look on, and stay for good after one call that asked for hidden states.
+    ids = [i for i, hook in module._forward_hooks.items() if getattr(hook, "__module__", "") != _RECORDERS]
+    return ids + list(module._forward_pre_hooks)
+
+
+def _module_states(model: torch.nn.Module, hook_salt: str) -> str:
+    """Class, hooks and adapter switches of every module: what changes a forward without changing a weight.
+
+    Args:
+        model: The model.
+        hook_salt: Enters where there are hooks. What a hook computes cannot be read from outside, so KV made
+            with one serves nobody else, least of all another process whose hook may be another.
+    """
     parts = []
     for name, module in model.named_modules():
-        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
         entry = f"{name}:{type(module).__qualname__}"
-        if any(hooks):
-            entry += f":hooks{hooks}"
+        if (module._forward_hooks or module._forward_pre_hooks) and (ids := _hook_ids(module)):
+            entry += f":hooks {ids} {hook_salt}"
+        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # accelerate's only moves tensors
+            forward = module.__dict__["forward"]
+            entry += f":forward {getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', forward)}"
         adapter = {
             key: repr(module.__dict__[key])
             for key in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
@@ -137,6 +154,7 @@ class Fingerprint:
 
     def __init__(self, model: Any, attn_implementation: str, cache_kinds: list[str], block_size: int) -> None:
         self._model = model
+        self._hook_salt = os.urandom(8).hex()
         self._extra = (attn_implementation, cache_kinds, block_size)
         self._compute()
 
@@ -152,7 +170,7 @@ class Fingerprint:
             "model_class": type(model).__qualname__,
             "name": str(getattr(model.config, "_name_or_path", "")),
             "config": blake3.blake3(config.encode()).hexdigest()[:32],
-            "modules": blake3.blake3(_module_states(model).encode()).hexdigest()[:32],
+            "modules": blake3.blake3(_module_states(model, self._hook_salt).encode()).hexdigest()[:32],
             "adapters": _adapters(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": attn,
@@ -192,7 +210,7 @@ class Fingerprint:
             return True
         fields = self.fields
         return (
-            blake3.blake3(_module_states(self._model).encode()).hexdigest()[:32] != fields["modules"]
+            blake3.blake3(_module_states(self._model, self._hook_salt).encode()).hexdigest()[:32] != fields["modules"]
             or blake3.blake3(_config_text(self._model.config).encode()).hexdigest()[:32] != fields["config"]
         )
 

@@ -6,6 +6,7 @@ then repeated without it, so the caller sees a slower call and a warning, never 
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from kvembed import hf
 from kvembed._bypass import bypass_reason, generation_value, input_ids_of
 from kvembed._call import PromptOnceStreamer, Watch, with_watch
-from kvembed._errors import CacheBypassWarning, StoreWarning
+from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
 from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
 from kvembed._progress import prefill_progress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "Runner"]
 
+_CLOSED = "the store is closed"
 _RATE_TOKENS = 64  # a prefill rate is believed when at least this many tokens were computed
 _ATTEMPTS = 4  # the last one restores nothing
 _MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
@@ -105,8 +107,11 @@ class Runner:
         inputs, config, kwargs = request.inputs, request.generation_config, request.kwargs
         refusal = refusal or bypass_reason(self._model, inputs, config, kwargs)
         if refusal is None:
-            self.engine.check_identity()
-            refusal = self.engine.refusal  # the model may have been changed into one that cannot be served
+            try:
+                self.engine.check_identity()
+                refusal = self.engine.refusal  # the model may have been changed into one that cannot be served
+            except StoreClosedError:
+                refusal = _CLOSED
         if refusal is not None:
             return self._pass_through(request, refusal)
         ids = as_token_ids(input_ids_of(inputs, kwargs)[0].cpu().numpy())  # pyright: ignore[reportOptionalSubscript]
@@ -126,7 +131,10 @@ class Runner:
     def _generate_once(self, request: Request, ids: TokenIds, *, cold: bool) -> tuple[Any, Usage]:
         engine = self.engine
         room = self._new_tokens(len(ids), request) + engine.block_size
-        attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room)
+        try:
+            attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room)
+        except StoreClosedError:  # by another thread, since this call looked
+            return self._pass_through(request, _CLOSED)
         watch = Watch(request.cancel)
         result = None
         try:
@@ -147,7 +155,8 @@ class Runner:
             attempt.sequence.ids = ids[:0]  # its rows were never filled: nothing of this cache may be kept
             raise
         finally:
-            self._keep(attempt, watch, result)
+            with contextlib.suppress(StoreClosedError):
+                self._keep(attempt, watch, result)
         usage = self._usage_of(request, attempt, watch, result)
         self._report_problems()
         return result, usage
@@ -159,7 +168,8 @@ class Runner:
 
     def _prefill(self, attempt: _Attempt, progress: Progress, *, whole: bool) -> None:
         def put(sequence: LiveSequence) -> None:
-            attempt.stored += self.engine.capture(sequence, tail=False)
+            with contextlib.suppress(StoreClosedError):
+                attempt.stored += self.engine.capture(sequence, tail=False)
 
         with prefill_progress(progress, len(attempt.sequence.ids), len(attempt.ids)) as on_progress:
             self.engine.prefill(attempt.sequence, attempt.ids, whole=whole, on_progress=on_progress, put=put)
@@ -188,12 +198,13 @@ class Runner:
             seen = _sequence_of(result)
         elif watch.last is not None:
             seen = as_token_ids(watch.last[0].cpu().numpy())
-        if not self.engine.settle(sequence, seen):
-            return
-        attempt.stored += self.engine.capture(sequence, tail=True)
+        ours = self.engine.settle(sequence, seen)
+        if ours:
+            with contextlib.suppress(StoreClosedError):
+                attempt.stored += self.engine.capture(sequence, tail=True)
         if result is not None and getattr(result, "past_key_values", None) is not None:
             hf.export_cache(sequence.cache)
-        else:
+        elif ours:
             self.engine.keep(sequence)
         self._store.touch(sequence.keys)
         from_disk = [stored.info.key for stored, _ in attempt.match.stored if stored.tier == "disk"]
@@ -261,8 +272,11 @@ class Runner:
         prefill_s = max(0.0, ttft - attempt.match.seconds)
         cached = sum(attempt.tiers.values())
         prompt = len(attempt.ids)
-        rate = self._rate(prompt - cached, prefill_s, attempt.restore)
-        known = self.engine.prefill_rate
+        rate = known = why = None
+        with contextlib.suppress(StoreClosedError):
+            rate = self._rate(prompt - cached, prefill_s, attempt.restore)
+            known = self.engine.prefill_rate
+            why = miss_reason(self.engine, attempt.match, attempt.ids, cached)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=len(_sequence_of(result)) - prompt,
@@ -275,7 +289,7 @@ class Runner:
             total_s=now - request.began,
             prefill_tokens_per_second=rate,
             saved_s=cached / known - restore_s if known and cached else None,
-            miss_reason=miss_reason(self.engine, attempt.match, attempt.ids, cached),
+            miss_reason=why,
             deterministic=request.deterministic,
             stored_tokens=attempt.stored,
         )
@@ -291,7 +305,8 @@ class Runner:
         total = time.perf_counter() - request.began
         prompt = int(ids.shape[-1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
         sequences = getattr(result, "sequences", result)
-        made = int(sequences.shape[-1]) - prompt if isinstance(sequences, torch.Tensor) and sequences.ndim == 2 else 0
+        before = 1 if getattr(self._model.config, "is_encoder_decoder", False) else prompt  # the decoder's start token
+        made = int(sequences.shape[-1]) - before if isinstance(sequences, torch.Tensor) and sequences.ndim == 2 else 0
         ttft = watch.first_token_at - request.began if watch.first_token_at is not None else total
         if reason not in self._warned:
             self._warned.add(reason)
