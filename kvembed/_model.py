@@ -75,6 +75,8 @@ class CachedModel:
                 f"CachedModel wraps a loaded model, not {type(model).__name__}; to load one by name, use "
                 "CachedModel.from_pretrained"
             )
+        if not hasattr(model, "generate") or not hasattr(model, "config"):
+            raise ConfigError(f"{type(model).__name__} has no generate(): pass a causal language model of transformers")
         self._owns_store = store is None
         if store is None:
             from kvembed._store import KVStore

@@ -21,7 +21,6 @@ import torch
 
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
-from kvembed._errors import UnsupportedModelError
 from kvembed._restore import Piece, Restore
 
 if TYPE_CHECKING:
@@ -160,6 +159,4 @@ def static_refusal(model: Any) -> str | None:
             return f"rope type {kind!r}: frequencies depend on the longest text seen, so KV cannot be reused exactly"
     if getattr(model.config, "is_encoder_decoder", False):
         return "encoder-decoder model: the prompt is in the encoder"
-    if not hasattr(model, "generate"):
-        raise UnsupportedModelError(f"{type(model).__name__} has no generate(): pass a causal language model")
     return None
