@@ -222,9 +222,8 @@ def test_rope_that_depends_on_the_length(lab: Lab, kind: str) -> None:
 
 
 def test_an_encoder_decoder(lab: Lab) -> None:
-    config = T5Config(
-        vocab_size=272, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
-    )
+    config = T5Config(vocab_size=272, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0)
+    config.decoder_start_token_id = 0
     cached = lab.wrap(T5ForConditionalGeneration(config).eval())
     check_unsupported(cached, "encoder-decoder")
     assert cached.usage.prompt_tokens == PROMPT.shape[1]
