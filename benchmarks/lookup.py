@@ -60,7 +60,7 @@ def fill(root: Path, prompt: np.ndarray, blocks: int) -> None:
             parent, start, made = key, start + BLOCK_TOKENS, made + 1
 
     (root / "blocks").mkdir(parents=True)
-    catalog = Catalog(root / "kvembed.db")
+    catalog = Catalog(root / "kvembed.db", create=True)
     catalog.insert(rows())
     catalog.close()
 

@@ -62,16 +62,18 @@ class Catalog:
     share one would wait for each other.
 
     Args:
-        path: The database file; created when missing.
+        path: The database file.
+        create: Create it when it is missing; see `kvembed._rebuild.open_or_rebuild`.
         read_only: Open without writing anything.
         sync: Wait for the device at every commit.
 
     Raises:
+        sqlite3.OperationalError: It is missing, locked, or may not be opened.
         sqlite3.DatabaseError: The file is not a database.
         StoreFormatError: It was written by a newer version.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False, sync: bool = False) -> None:
+    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False, sync: bool = False) -> None:
         self.path = path
         self.read_only = read_only
         self._connections = Connections(path, read_only=read_only, sync=sync)
@@ -81,12 +83,13 @@ class Catalog:
         self._hits: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
         self._ids: dict[bytes, int] = {}
-        if not read_only:
+        if create:
             # SQLite would create it with the umask's mode; -wal and -shm take the mode of this file. Only
             # when it is missing: closing any descriptor of an open database drops its locks on POSIX.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o600))
         self._db()
+        self._inode = path.stat().st_ino
 
     # -- connections -------------------------------------------------------------------------------
 
@@ -127,7 +130,9 @@ class Catalog:
         # The subclasses mean something else: locked, disk full, a mistake in the statement.
         if type(error) is sqlite3.DatabaseError and not self.read_only:
             with contextlib.suppress(OSError):
-                self.damage_mark(self.path).touch(mode=0o600)
+                # Not when another process has put a new one in place already.
+                if self.path.stat().st_ino == self._inode:
+                    self.damage_mark(self.path).touch(mode=0o600)
 
     @staticmethod
     def damage_mark(path: Path) -> Path:

@@ -57,7 +57,7 @@ class Connections:
     SQLite connections must not cross a fork, and threads that share one would wait for each other.
 
     Args:
-        path: The database file; created when missing.
+        path: The database file.
         read_only: Open without writing anything.
         sync: Wait for the device at every commit.
     """
@@ -92,7 +92,7 @@ class Connections:
 
     def _connect(self) -> sqlite3.Connection:
         if not self._read_only:
-            db = self._open("")
+            db = self._open("?mode=rw")
             try:
                 migrate(db, str(self._path))
             except BaseException:

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from kvembed._block import BlockInfo
     from kvembed._tiers.disk import DiskTier
 
-__all__ = ["block_files", "adopt_all", "has_blocks", "housekeeping", "read_row", "rebuild"]
+__all__ = ["block_files", "adopt_all", "has_blocks", "housekeeping", "open_or_rebuild", "read_row", "rebuild"]
 
+CATALOG_NAME = "kvembed.db"
 _SUFFIX = ".safetensors"
 _STALE_S = 3600.0
 _HOUSEKEEPING_S = 6 * 3600.0
@@ -64,37 +65,84 @@ def read_row(path: Path) -> tuple[BlockInfo, bytes, int, float]:
 
 
 def rebuild(root: Path, progress: Callable[[int, int], None] | None = None) -> int:
-    """Move a bad catalog aside and make a new one from the block files.
+    """Make a new catalog from the block files if the one that is there cannot be used.
 
     Args:
         root: Folder of the store.
         progress: Called with files done and files in all.
 
     Returns:
-        Number of blocks found.
+        Number of blocks in the catalog.
     """
+    path = root / CATALOG_NAME
+    with _locked(root):
+        if not _problem(root, path):
+            catalog = Catalog(path)
+            count = catalog.counters().blocks
+            catalog.close()
+            return count
+        return _replace(root, path, progress)
+
+
+def open_or_rebuild(root: Path, *, sync: bool = False) -> tuple[Catalog, str]:
+    """Open a catalog that is missing or was found unusable: created, or made again from the block files.
+
+    Args:
+        root: Folder of the store.
+        sync: Wait for the device at every commit.
+
+    Returns:
+        The catalog, and what the user should be told, if anything.
+    """
+    path = root / CATALOG_NAME
+    with _locked(root):
+        problem, words = _problem(root, path), ""
+        if problem:
+            found = _replace(root, path, None)
+            words = f"{path} {problem}; it was made again from {found} block files"
+        return Catalog(path, create=True, sync=sync), words
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    # A catalog is created and replaced under this lock only. Without it a process could create one
+    # between the moment another moves a bad catalog away and the moment it puts the new one in place, and
+    # its -wal file would be played into the new database.
     from filelock import FileLock
 
-    path = root / "kvembed.db"
-    # Two processes may find the same bad catalog; the second must not move the first one's new one away.
-    with FileLock(str(root / ".rebuild.lock"), mode=0o600):
-        mark = Catalog.damage_mark(path)
-        if path.exists() and not mark.exists():
-            catalog = None
-            try:
-                catalog = Catalog(path)
-                return catalog.counters().blocks
-            except sqlite3.DatabaseError:
-                pass
-            finally:
-                if catalog is not None:
-                    catalog.close()
-        _move_aside(root, path)
-        for left in root.glob(f".{path.name}.*"):
-            unlink_quietly(left)
-        count = _build(root, path, progress)
-        unlink_quietly(mark)
-        return count
+    with FileLock(str(root / ".catalog.lock"), mode=0o600):
+        yield
+
+
+def _problem(root: Path, path: Path) -> str:
+    """Return why a catalog cannot be used, or nothing: it can, or there is nothing to lose."""
+    if Catalog.damage_mark(path).exists():
+        return "was found damaged"
+    if not path.exists():
+        return "is missing" if path.with_name(f"{path.name}-wal").exists() or has_blocks(root) else ""
+    if path.stat().st_size == 0 and has_blocks(root):
+        return "is empty"
+    catalog = None
+    try:
+        catalog = Catalog(path)
+        catalog.counters()
+    except sqlite3.OperationalError:
+        raise  # locked, or no right to read it: not a matter of its content
+    except sqlite3.DatabaseError as error:
+        return f"cannot be used ({error})"
+    finally:
+        if catalog is not None:
+            catalog.close()
+    return ""
+
+
+def _replace(root: Path, path: Path, progress: Callable[[int, int], None] | None) -> int:
+    _move_aside(root, path)
+    for left in root.glob(f".{path.name}.*"):
+        unlink_quietly(left)
+    count = _build(root, path, progress)
+    unlink_quietly(Catalog.damage_mark(path))
+    return count
 
 
 def _move_aside(root: Path, path: Path) -> None:
@@ -110,7 +158,7 @@ def _move_aside(root: Path, path: Path) -> None:
 def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) -> int:
     # Built under another name: a crash half-way must leave the catalog missing, not incomplete.
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    catalog = Catalog(temp)
+    catalog = Catalog(temp, create=True)
     try:
         for file in sorted((root / "namespaces").glob("*.json")):
             try:

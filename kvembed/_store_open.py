@@ -10,11 +10,10 @@ from pathlib import Path
 from kvembed._catalog import Catalog
 from kvembed._errors import ConfigError, StoreError, StoreReadOnlyError
 from kvembed._paths import make_private_dir, store_dir
-from kvembed._rebuild import adopt_all, has_blocks, rebuild
+from kvembed._rebuild import CATALOG_NAME, adopt_all, has_blocks, open_or_rebuild
 
-__all__ = ["CATALOG_NAME", "OpenedFolder", "open_folder"]
+__all__ = ["OpenedFolder", "open_folder"]
 
-CATALOG_NAME = "kvembed.db"
 _FOLDERS = ("blocks", "namespaces", "quarantine")
 
 
@@ -95,28 +94,32 @@ def _open_read_only(result: OpenedFolder) -> None:
 
 def _open_writable(result: OpenedFolder, sync: bool) -> None:
     path = result.path / CATALOG_NAME
-    problem = ""
-    if Catalog.damage_mark(path).exists():
-        problem = "was found damaged"
-    elif (has_blocks(result.path) or path.with_name(f"{path.name}-wal").exists()) and not path.exists():
-        problem = "is missing"
-    else:
-        try:
-            result.catalog = catalog = Catalog(path, sync=sync)
-            # An empty catalog beside block files: made by opening a file that was cut to nothing. It is
-            # filled, not replaced: another process may just be writing the first block of a new store.
-            if catalog.counters().blocks == 0 and has_blocks(result.path):
-                found = adopt_all(result.path, catalog)
-                result.warnings.append(f"{path} was empty; {found} block files were entered")
-        except sqlite3.OperationalError as error:
-            raise StoreError(
-                f"{path} cannot be opened ({error}); wait for other users of the folder or pass another path to KVStore"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            problem = f"cannot be used ({error})"
-            if result.catalog is not None:
-                result.catalog.close()
-    if problem:
-        found = rebuild(result.path)
-        result.catalog = Catalog(path, sync=sync)
-        result.warnings.append(f"{path} {problem}; it was made again from {found} block files")
+    try:
+        result.catalog = _open_usable(path, sync)
+        if result.catalog is None:
+            result.catalog, words = open_or_rebuild(result.path, sync=sync)
+            result.warnings.extend([words] if words else [])
+        # No rows beside block files: a process was killed between its first block and the row of it.
+        if result.catalog.counters().blocks == 0 and has_blocks(result.path):
+            adopt_all(result.path, result.catalog)
+    except sqlite3.Error as error:
+        raise StoreError(
+            f"{path} cannot be opened ({error}); wait for other users of the folder or pass another path to KVStore"
+        ) from error
+
+
+def _open_usable(path: Path, sync: bool) -> Catalog | None:
+    """Return the catalog, or None when it is missing or bad: then it takes the lock to go on."""
+    if Catalog.damage_mark(path).exists() or not path.exists() or path.stat().st_size == 0:
+        return None
+    catalog = None
+    try:
+        catalog = Catalog(path, sync=sync)
+        catalog.counters()
+    except sqlite3.DatabaseError as error:
+        if catalog is not None:
+            catalog.close()
+        if isinstance(error, sqlite3.OperationalError) and path.exists():
+            raise
+        return None
+    return catalog

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvembed import KVStore, StoreFormatError, StoreWarning
+from kvembed import KVStore, StoreError, StoreFormatError, StoreWarning
 from kvembed._catalog import Catalog
 from kvembed._keys import probe_of
 from kvembed._rebuild import rebuild
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog(tmp_path / "kvembed.db")
+    catalog = Catalog(tmp_path / "kvembed.db", create=True)
     yield catalog
     catalog.close()
 
@@ -183,7 +183,7 @@ def test_no_token_id_is_in_the_catalog(tmp_path: Path, catalog: Catalog) -> None
 def test_every_file_of_the_database_is_private(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        catalog = Catalog(tmp_path / "kvembed.db")
+        catalog = Catalog(tmp_path / "kvembed.db", create=True)
         enter(catalog, [random_block()])
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
         catalog.close()
@@ -271,12 +271,37 @@ def test_a_catalog_that_cannot_be_used_is_made_again(tmp_path: Path, how: str) -
         assert found(store, chain) == 5
         assert found(store, [other]) == 1
         assert store.verify().problems == ()
-        if how != "empty":
-            assert store.namespaces() == {FINGERPRINT: {"name": "tiny", "dtype": "float32"}}
+        assert store.namespaces() == {FINGERPRINT: {"name": "tiny", "dtype": "float32"}}
         store.put(random_block(seed=100))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         KVStore(tmp_path).close()
+
+
+def test_a_crash_before_the_first_row_is_made_good_in_silence(tmp_path: Path) -> None:
+    make_store(tmp_path, [random_block()])
+    catalog = Catalog(tmp_path / "kvembed.db")
+    catalog.delete([random_block().key])
+    catalog.close()
+    with KVStore(tmp_path) as store:
+        assert found(store, [random_block()]) == 1
+
+
+def test_a_locked_catalog_is_an_error_not_a_reason_to_make_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path, [random_block()])
+    monkeypatch.setattr("kvembed._connections._BUSY_S", 0.05)
+    db = sqlite3.connect(tmp_path / "kvembed.db")
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    db.execute("BEGIN EXCLUSIVE")
+    db.execute("UPDATE blocks SET hits = 1")
+    with pytest.raises(StoreError, match="cannot be opened"):
+        KVStore(tmp_path)
+    db.execute("ROLLBACK")
+    db.close()
+    with KVStore(tmp_path) as store:
+        assert found(store, [random_block()]) == 1
 
 
 def test_bad_files_do_not_stop_a_rebuild(tmp_path: Path) -> None:
@@ -311,17 +336,21 @@ def test_damage_met_while_running_is_a_miss_now_and_mended_at_the_next_opening(t
     problems = store.take_problems()
     assert len(problems) == 1
     assert "catalog failed" in problems[0]
-    store.close()
     with pytest.warns(StoreWarning, match="found damaged; it was made again from 40 block files"):
-        store = KVStore(tmp_path)
-    assert found(store, chain) == 40
+        other = KVStore(tmp_path)
+    # What the first one still meets does not condemn the new catalog.
+    assert store.lookup([block.key for block in chain]) == []
     store.close()
+    assert found(other, chain) == 40
+    other.close()
+    with KVStore(tmp_path) as store:
+        assert found(store, chain) == 40
 
 
 @pytest.mark.slow
 def test_a_catalog_of_many_rows_opens_and_answers_quickly(tmp_path: Path) -> None:
     chains = [random_chain(40, seed=n, tokens=8) for n in range(250)]
-    catalog = Catalog(tmp_path / "kvembed.db")
+    catalog = Catalog(tmp_path / "kvembed.db", create=True)
     enter(catalog, [block for chain in chains for block in chain])
     keys = [block.key for chain in chains[:10] for block in chain]
     began = time.perf_counter()

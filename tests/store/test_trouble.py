@@ -350,7 +350,13 @@ def test_opening_leaves_no_trace_but_the_store(tmp_path: Path) -> None:
     opened = open_folder(tmp_path / "s", None)
     assert opened.catalog is not None
     opened.catalog.close()
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["blocks", "kvembed.db", "namespaces", "quarantine"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        ".catalog.lock",
+        "blocks",
+        "kvembed.db",
+        "namespaces",
+        "quarantine",
+    ]
 
 
 def test_nothing_runs_until_the_first_put(tmp_path: Path) -> None:

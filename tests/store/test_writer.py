@@ -277,7 +277,7 @@ def test_leftovers_of_crashed_writers_are_cleaned_up(tmp_path: Path) -> None:
         store.flush()
         files = [block_path(store, block) for block in chain]
     # As after a crash between the file and its row, and one in the middle of a write.
-    catalog = Catalog(tmp_path / "kvembed.db")
+    catalog = Catalog(tmp_path / "kvembed.db", create=True)
     catalog.delete([chain[2].key])
     with catalog.connection() as db:
         db.execute("DELETE FROM meta WHERE name = 'housekeeping'")
@@ -299,7 +299,7 @@ def test_leftovers_of_crashed_writers_are_cleaned_up(tmp_path: Path) -> None:
 
 
 def test_housekeeping_is_not_repeated_by_every_process(tmp_path: Path) -> None:
-    catalog = Catalog(tmp_path / "kvembed.db")
+    catalog = Catalog(tmp_path / "kvembed.db", create=True)
     assert catalog.claim("housekeeping", 3600)
     assert not catalog.claim("housekeeping", 3600)
     assert catalog.claim("housekeeping", 0)

@@ -39,7 +39,7 @@ def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> MakeTier:
             return CpuTier(blocks * BLOCK_BYTES)
         root = tmp_path / "store"
         (root / "blocks").mkdir(parents=True)
-        catalog = Catalog(root / "kvembed.db")
+        catalog = Catalog(root / "kvembed.db", create=True)
         request.addfinalizer(catalog.close)
         return DiskTier(root, catalog, blocks * (FILE_BYTES + 4096) + 4096)
 
