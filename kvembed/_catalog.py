@@ -88,42 +88,42 @@ class Catalog:
             # when it is missing: closing any descriptor of an open database drops its locks on POSIX.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o600))
-        self._db()
-        self._inode = path.stat().st_ino
+        with self._connections.use():
+            self._inode = path.stat().st_ino
 
     # -- connections -------------------------------------------------------------------------------
 
-    def _db(self) -> sqlite3.Connection:
-        return self._connections.get()
+    def connection(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        """Give out this thread's connection, for the length of a ``with`` block."""
+        return self._connections.use()
 
-    @contextlib.contextmanager
-    def connection(self) -> Iterator[sqlite3.Connection]:
-        """Give out this thread's connection, for maintenance."""
-        yield self._db()
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        # All rows at once: a statement left open would hold back checkpoints of the WAL.
+        with self._connections.use() as db:
+            return db.execute(sql, values).fetchall()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run statements as one; others wait. Nested use joins the outer transaction."""
-        db = self._db()
-        if db.in_transaction:
-            yield db
-            return
-        # IMMEDIATE: a transaction that starts by reading and then writes can fail with "locked" at once,
-        # without the busy timeout.
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-            db.execute("COMMIT")
-        except BaseException:
+        with self._connections.use() as db:
             if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+                yield db
+                return
+            # IMMEDIATE: a transaction that starts by reading and then writes can fail with "locked" at
+            # once, without the busy timeout.
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
 
     def after_fork(self) -> None:
         """Make the catalog usable in a forked child; what waits to be written is the parent's."""
         self._touch_lock = threading.Lock()
         self._touched, self._hits = {}, {}
-        self._connections.after_fork()
 
     def note_damage(self, error: BaseException) -> None:
         """Have the catalog made again at the next opening, if ``error`` says that it is damaged."""
@@ -162,29 +162,30 @@ class Catalog:
                 if fields and row[1] != text:
                     db.execute("UPDATE namespaces SET fields = ? WHERE id = ?", (text, number))
         # Known only when committed: an id from a transaction that was rolled back would be reused.
-        if not self._db().in_transaction:
-            self._ids[digest] = number
+        with self._connections.use() as db:
+            if not db.in_transaction:
+                self._ids[digest] = number
         return number
 
     def namespaces(self) -> dict[bytes, dict[str, Any]]:
         """Return the fields of every namespace by digest."""
-        rows = self._db().execute("SELECT digest, fields FROM namespaces ORDER BY id")
+        rows = self._query("SELECT digest, fields FROM namespaces ORDER BY id")
         return {bytes(digest): json.loads(fields) for digest, fields in rows}
 
     def note(self, digest: bytes, name: str) -> Any | None:
         """Return a value kept beside a namespace, or None."""
         sql = "SELECT value FROM notes WHERE digest = ? AND name = ?"
-        row = self._db().execute(sql, (digest, name)).fetchone()
-        return None if row is None else json.loads(row[0])
+        rows = self._query(sql, (digest, name))
+        return json.loads(rows[0][0]) if rows else None
 
     def set_note(self, digest: bytes, name: str, value: Any) -> None:
         """Keep a JSON value beside a namespace."""
-        self._db().execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", (digest, name, json.dumps(value)))
+        self._query("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", (digest, name, json.dumps(value)))
 
     def _digest(self, number: int) -> bytes:
         digest = self._digests.get(number)
         if digest is None:
-            for row in self._db().execute("SELECT id, digest FROM namespaces"):
+            for row in self._query("SELECT id, digest FROM namespaces"):
                 self._digests[row[0]] = bytes(row[1])
             digest = self._digests.get(number, bytes(32))
         return digest
@@ -197,11 +198,10 @@ class Catalog:
     def get(self, keys: Sequence[bytes]) -> dict[bytes, BlockInfo]:
         """Return what is known of those of ``keys`` that are here."""
         found: dict[bytes, BlockInfo] = {}
-        db = self._db()
         for at in range(0, len(keys), _CHUNK):
             part = keys[at : at + _CHUNK]
             marks = ",".join("?" * len(part))
-            for row in db.execute(f"SELECT {_INFO} FROM blocks WHERE key IN ({marks})", part):
+            for row in self._query(f"SELECT {_INFO} FROM blocks WHERE key IN ({marks})", part):
                 found[row[0]] = self._info(row)
         return found
 
@@ -210,17 +210,14 @@ class Catalog:
         return next(iter(self.rows("WHERE key = ?", (key,))), None)
 
     def rows(self, tail: str = "", values: Sequence[Any] = ()) -> Iterator[BlockRow]:
-        """Return the rows chosen by ``tail``: SQL after ``SELECT ... FROM blocks``.
-
-        They are read at once: a statement left open would hold back checkpoints of the WAL.
-        """
+        """Return the rows chosen by ``tail``: SQL after ``SELECT ... FROM blocks``."""
         sql = f"SELECT {_INFO}, file_bytes, created, last_used, hits, children, pins FROM blocks {tail}"
-        return (BlockRow(self._info(row), *row[7:]) for row in self._db().execute(sql, values).fetchall())
+        return (BlockRow(self._info(row), *row[7:]) for row in self._query(sql, values))
 
     def children(self, parent: bytes) -> list[BlockInfo]:
         """Return the blocks that follow ``parent``, latest first."""
         sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? ORDER BY last_used DESC LIMIT 1000"
-        return [self._info(row) for row in self._db().execute(sql, (parent,)).fetchall()]
+        return [self._info(row) for row in self._query(sql, (parent,))]
 
     def chain(self, key: bytes) -> list[BlockInfo]:
         """Return a block and those that lead to it, as far as they are here, starting with the block."""
@@ -230,18 +227,18 @@ class Catalog:
             f"SELECT {names}, depth + 1 FROM chain JOIN blocks b ON b.key = chain.parent) "
             f"SELECT {_INFO} FROM chain ORDER BY depth"
         )
-        return [self._info(row) for row in self._db().execute(sql, (key,)).fetchall()]
+        return [self._info(row) for row in self._query(sql, (key,))]
 
     def leaves_named(self, digits: str) -> list[bytes]:
         """Return the keys of blocks that none follows and whose hexadecimal form begins with ``digits``."""
         low, high = (bytes.fromhex(digits.ljust(64, fill)) for fill in "0f")
         sql = "SELECT key FROM blocks WHERE key BETWEEN ? AND ? AND children = 0 LIMIT 100"
-        return [row[0] for row in self._db().execute(sql, (low, high)).fetchall()]
+        return [row[0] for row in self._query(sql, (low, high))]
 
     def tails(self, parent: bytes, probe: bytes) -> list[BlockInfo]:
         """Return the children of ``parent`` that begin with the tokens of ``probe``, latest first, at most 64."""
         sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? AND probe = ? ORDER BY last_used DESC LIMIT 64"
-        return [self._info(row) for row in self._db().execute(sql, (parent, probe)).fetchall()]
+        return [self._info(row) for row in self._query(sql, (parent, probe))]
 
     def insert(self, blocks: Iterable[tuple[BlockInfo, bytes, int, float]]) -> None:
         """Add or replace rows, in one transaction.
@@ -292,8 +289,8 @@ class Catalog:
 
     def why_missing(self, key: bytes) -> str | None:
         """Return why a block that was here is gone, or None."""
-        row = self._db().execute("SELECT reason FROM tombstones WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
+        rows = self._query("SELECT reason FROM tombstones WHERE key = ?", (key,))
+        return rows[0][0] if rows else None
 
     def to_evict(self, count: int, spare: bytes = b"") -> list[BlockRow]:
         """Return the blocks to evict next: unpinned leaves, longest unused first, ends of chains first."""
@@ -302,15 +299,9 @@ class Catalog:
 
     def counters(self) -> Counters:
         """Return the totals."""
-        return Counters(
-            **{
-                k: int(v)
-                for k, v in self._db().execute(
-                    "SELECT name, value FROM meta WHERE name IN "
-                    "('blocks', 'nbytes', 'file_bytes', 'hits', 'hit_tokens')"
-                )
-            }
-        )
+        names = "'blocks', 'nbytes', 'file_bytes', 'hits', 'hit_tokens'"
+        rows = self._query(f"SELECT name, value FROM meta WHERE name IN ({names})")
+        return Counters(**{name: int(value) for name, value in rows})
 
     def claim(self, task: str, every_s: float) -> bool:
         """Return True when a task is due, and then not again, in any process, before ``every_s`` have passed."""
@@ -370,6 +361,6 @@ class Catalog:
     def pins(self) -> dict[str, list[bytes]]:
         """Return the keys kept under every name, in the order in which they were pinned."""
         result: dict[str, list[bytes]] = {}
-        for name, key in self._db().execute("SELECT name, key FROM pins ORDER BY name, position").fetchall():
+        for name, key in self._query("SELECT name, key FROM pins ORDER BY name, position"):
             result.setdefault(name, []).append(key)
         return result

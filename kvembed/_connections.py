@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sqlite3
 import threading
@@ -13,27 +15,29 @@ from kvembed._errors import StoreClosedError
 from kvembed._schema import migrate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 __all__ = ["Connections"]
 
 _BUSY_S = 5.0
+_FORK_WAIT_S = 2.0
 
 
 class _Connection:
-    """Closes its connection with the thread it belongs to, but never in a forked child."""
+    """Closes its connection with the thread it belongs to."""
 
-    def __init__(self, db: sqlite3.Connection, kept: list[sqlite3.Connection]) -> None:
+    def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
         self.pid = os.getpid()
-        self._kept = kept
+        self.closed = False
 
     def close(self) -> None:
+        # Not in a child that was forked while SQLite was at work: there even closing could wait for a lock
+        # whose owner does not exist.
         if self.pid == os.getpid():
+            self.closed = True
             self.db.close()
-        else:
-            # SQLite forbids even closing a connection that came through fork(); keep it referenced.
-            self._kept.append(self.db)
 
     __del__ = close
 
@@ -51,10 +55,19 @@ def _use_wal(db: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
-class Connections:
-    """Gives every thread of every process its own connection to one database.
+def _at_fork(reference: weakref.ref[Connections], step: str) -> None:
+    connections = reference()
+    if connections is not None:
+        getattr(connections, step)()
 
-    SQLite connections must not cross a fork, and threads that share one would wait for each other.
+
+class Connections:
+    """Gives every thread its own connection to one database.
+
+    Threads that share a connection would wait for each other. And no connection may cross a fork: SQLite
+    keeps track of a process's locks in its memory, so a child would believe that it holds what only its
+    parent holds, and change the database without a lock. It is not enough that the child opens its own.
+    Therefore every connection is closed right before a fork, and opened again when it is next needed.
 
     Args:
         path: The database file.
@@ -66,29 +79,78 @@ class Connections:
         self._path = path
         self._read_only = read_only
         self._sync = sync
-        self._lock = threading.Lock()
-        self._local = threading.local()
-        self._kept: list[sqlite3.Connection] = []
-        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self._closed = False
         self._immutable = False
+        self._closed = False
+        self._inherited: list[sqlite3.Connection] = []
+        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            # There is no way to take these back: they hold a weak reference, and cost nothing without forks.
+            reference: weakref.ref[Connections] = weakref.ref(self)
+            os.register_at_fork(
+                before=functools.partial(_at_fork, reference, "_before_fork"),
+                after_in_parent=functools.partial(_at_fork, reference, "_after_fork"),
+                after_in_child=functools.partial(_at_fork, reference, "_reset"),
+            )
 
-    def get(self) -> sqlite3.Connection:
-        """Return this thread's connection.
+    def _reset(self) -> None:
+        # Kept, since dropping the last reference would close them too.
+        self._inherited += [held.db for held in self._all if not held.closed]
+        self._gate = threading.Condition()
+        self._active = 0
+        self._forking = False
+        self._local = threading.local()
+        self._all: weakref.WeakSet[_Connection] = weakref.WeakSet()
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[sqlite3.Connection]:
+        """Give out this thread's connection for the length of a ``with`` block; may be nested.
 
         Raises:
             StoreClosedError: After `close`.
             sqlite3.DatabaseError: It cannot be opened, or is no database.
             StoreFormatError: It was written by a newer version.
         """
+        depth: int = getattr(self._local, "depth", 0)
+        if depth == 0:
+            with self._gate:
+                while self._forking:
+                    self._gate.wait()
+                self._active += 1
+        self._local.depth = depth + 1
+        try:
+            yield self._get()
+        finally:
+            self._local.depth = depth
+            if depth == 0:
+                with self._gate:
+                    self._active = max(0, self._active - 1)
+                    self._gate.notify_all()
+
+    def _get(self) -> sqlite3.Connection:
         if self._closed:
             raise StoreClosedError("this store is closed; open it again with KVStore(path)")
         held: _Connection | None = getattr(self._local, "held", None)
-        if held is None or held.pid != os.getpid():
-            held = self._local.held = _Connection(self._connect(), self._kept)
-            with self._lock:
+        if held is None or held.closed:
+            held = self._local.held = _Connection(self._connect())
+            with self._gate:
                 self._all.add(held)
         return held.db
+
+    def _before_fork(self) -> None:
+        self._gate.acquire()  # until after the fork
+        self._forking = True
+        deadline = time.monotonic() + _FORK_WAIT_S
+        while self._active and (left := deadline - time.monotonic()) > 0:
+            self._gate.wait(left)
+        if not self._active:
+            for held in list(self._all):
+                held.close()
+
+    def _after_fork(self) -> None:
+        self._forking = False
+        self._gate.notify_all()
+        self._gate.release()
 
     def _connect(self) -> sqlite3.Connection:
         if not self._read_only:
@@ -132,12 +194,8 @@ class Connections:
 
     def close(self) -> None:
         """Close the connections of every thread; harmless when repeated."""
-        self._closed = True
-        with self._lock:
+        with self._gate:
+            self._closed = True
             everyone = list(self._all)
         for held in everyone:
             held.close()
-
-    def after_fork(self) -> None:
-        """Make the object usable in a forked child."""
-        self._lock = threading.Lock()

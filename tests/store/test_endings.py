@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +22,6 @@ from kvembed import KVStore
 from kvembed._testing import assert_reads, forget_memory, keys_of, put_all, random_block, random_chain
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvembed._block import Block
 
 
@@ -186,3 +186,83 @@ def test_a_forked_child_uses_the_store_on_its_own(
         for blocks in (chain, new, mine):
             assert [s.tier for s in store.lookup(keys_of(blocks))] == ["disk"] * 4
         assert store.verify().problems == ()
+
+
+def _busy_child(store: KVStore, seed: int, answers: Any) -> None:
+    try:
+        with store:
+            put_all(store, random_chain(3, seed=seed))
+            store.flush()
+        answers.put(store.take_problems())
+    except BaseException as error:
+        answers.put(repr(error))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_forks_while_other_threads_are_at_work(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    answers, stop, errors = context.SimpleQueue(), threading.Event(), list[BaseException]()
+    with KVStore(tmp_path, max_cpu_bytes="1MiB") as store:
+
+        def work(seed: int) -> None:
+            try:
+                while not stop.is_set():
+                    chain = random_chain(3, seed=seed)
+                    put_all(store, chain)
+                    store.touch(keys_of(chain))
+                    store.lookup([*keys_of(chain), bytes(32)])
+                    seed += 10
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(1_000 + n,)) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for number in range(6):
+            child = context.Process(target=_busy_child, args=(store, number, answers))
+            child.start()
+            assert answers.get() == []
+            child.join(20)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        store.flush()
+        assert store.take_problems() == []
+        for number in range(6):
+            assert len(store.lookup(keys_of(random_chain(3, seed=number)))) == 3
+        assert store.verify().problems == ()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_no_open_database_crosses_a_fork(tmp_path: Path) -> None:
+    def databases() -> list[str]:
+        found: list[str] = []
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the one that is listing
+                found.append(str(link.readlink()))
+        return [name for name in found if "kvembed.db" in name]
+
+    def child(answers: Any) -> None:
+        try:
+            answers.put(databases())
+        except BaseException as error:
+            answers.put(repr(error))
+
+    context = multiprocessing.get_context("fork")
+    with KVStore(tmp_path) as store:
+        put_all(store, random_chain(3))
+        store.flush()
+        answers = context.SimpleQueue()
+        process = context.Process(target=child, args=(answers,))
+        process.start()
+        assert answers.get() == []
+        process.join(20)
+        assert len(store.lookup(keys_of(random_chain(3)))) == 3
+        forget_memory(store)
+        assert len(store.lookup(keys_of(random_chain(3)))) == 3
+        assert databases() != []
