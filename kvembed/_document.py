@@ -177,7 +177,7 @@ class Document:
         self._model.store.unpin(self.name)
 
     def __repr__(self) -> str:
-        size = format_bytes(self.tokens * self._model._engine.spec.token_nbytes) if self._model._engine.spec else "none"
+        size = format_bytes(self.tokens * self._model.kv_bytes_per_token)
         return f"<Document {self.name!r}: {format_count(self.tokens)} tokens, {size} of KV>"
 
     def _repr_mimebundle_(

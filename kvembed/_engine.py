@@ -11,7 +11,6 @@ call that reuses up to a block edge runs the very same forwards and gets the ver
 
 from __future__ import annotations
 
-import inspect
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +18,24 @@ import numpy as np
 import torch
 
 from kvembed import hf
-from kvembed._attention import AttentionSwitch
 from kvembed._block import Block, BlockInfo
-from kvembed._errors import UnsupportedModelError
-from kvembed._fingerprint import Fingerprint
 from kvembed._keys import PROBE_TOKENS, block_key, chain_keys, root_key
 from kvembed._live import LivePool, LiveSequence
 from kvembed._matching import Match, exact_run
-from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
+from kvembed._memory import HostPool
 from kvembed._restore import Piece, Restore
+from kvembed._wrapped import WrappedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvembed._fingerprint import Fingerprint
     from kvembed._keys import TokenIds
     from kvembed._store import KVStore, StoredBlock
 
 __all__ = ["Engine"]
 
+_MOST_PREPARED_BYTES = 512 << 20
 _WORTH_RESTORING = 64
 """Tokens a stored prefix must be ahead of a live one before all of it is restored in its place."""
 
@@ -59,13 +58,9 @@ class Engine:
         self.salt = cache_salt
         self._owner = f"live-{id(self):x}"
         self.live = LivePool(max_live, self._live_budget())
-        self.switch = AttentionSwitch(model)
-        self._forward_arguments = self._find_forward_arguments()
-        self.spec: hf.CacheSpec | None = None
-        self.fingerprint: Fingerprint | None = None
-        self.refusal: str | None = None
-        self.verdict: OracleVerdict | None = None
-        self._prepare()
+        self._pool = HostPool(self.live.max_bytes if max_live and self._on_host else 0)
+        self.wrapped = WrappedModel(model, store, block_size)
+        self._adopt()
 
     # --- the model -------------------------------------------------------------------------------------
 
@@ -75,99 +70,41 @@ class Engine:
             return torch.cuda.get_device_properties(device).total_memory // 4
         return self.store.max_cpu_bytes // 2 if device.type == "cpu" else 1 << 30
 
-    def _find_forward_arguments(self) -> frozenset[str]:
-        names = inspect.signature(self.model.forward).parameters
-        return frozenset(n for n in ("position_ids", "logits_to_keep", "attention_mask") if n in names)
-
-    def _prepare(self) -> None:
-        """Probe the cache, take the fingerprint, and try reuse once (or read how the trial ended before)."""
-        self.refusal = static_refusal(self.model)
+    def _adopt(self) -> None:
+        """Start the key chain from the model's identity, and touch memory someone may be about to need."""
+        fingerprint = self.wrapped.fingerprint
+        self.root = root_key(fingerprint.digest, self.salt) if fingerprint is not None else b""
         if self.refusal is None:
-            try:
-                cache = hf.new_stock_cache(self.model.config)
-                self._forward(trial_ids(self.model)[:, :1], 0, cache, switch=False)
-                self.spec = hf.probe_cache_spec(cache, self.block_size)
-            except UnsupportedModelError as error:
-                self.refusal = str(error)
-            except Exception as error:  # a model we know nothing of: whatever it raises is its refusal
-                self.refusal = f"a one-token forward with a DynamicCache failed ({type(error).__name__}: {error})"
-        if self.spec is None:
-            return
-        self.fingerprint = Fingerprint(self.model, self.attn_implementation, self.spec.kinds, self.block_size)
-        self._adopt_fingerprint()
-
-    def _adopt_fingerprint(self) -> None:
-        assert self.fingerprint is not None
-        assert self.spec is not None
-        digest = self.fingerprint.digest
-        self.store.register_namespace(digest, dict(self.fingerprint.fields))
-        noted = self.store.get_note(digest, "oracle")
-        if isinstance(noted, dict):
-            self.verdict = OracleVerdict(noted["reason"], noted["grouped_attention"], noted["relative_error"])
-            self.switch.enabled = self.verdict.grouped_attention
-        else:
-            self.switch.enabled = True
-            try:
-                self.verdict = run_oracle(
-                    self.model, self.spec, self.switch, lambda ids, start, cache: self._logits(ids, start, cache)
-                )
-            except Exception as error:  # a trial that fails is an answer, not an accident
-                self.verdict = OracleVerdict(f"the trial failed ({type(error).__name__}: {error})", False, float("inf"))
-            self.store.set_note(digest, "oracle", vars(self.verdict))
-        self.refusal = self.verdict.reason
-        self.root = root_key(digest, self.salt)
+            self._prepare_memory()
 
     @property
-    def prefill_rate(self) -> float | None:
-        """Tokens a second of a cold prefill on this machine, measured before; None until then."""
-        if self.fingerprint is None:
-            return None
-        rate = self.store.get_note(self.fingerprint.digest, "prefill_tokens_per_second")
-        return float(rate) if isinstance(rate, int | float) else None
-
-    def note_prefill_rate(self, rate: float) -> None:
-        """Remember a measured rate; a running mean, so that one noisy call does not stand for the machine."""
-        known = self.prefill_rate
-        value = rate if known is None else 0.7 * known + 0.3 * rate
-        if self.fingerprint is not None:
-            self.store.set_note(self.fingerprint.digest, "prefill_tokens_per_second", value)
+    def refusal(self) -> str | None:
+        """Why the model is passed through, or None."""
+        return self.wrapped.refusal
 
     @property
-    def attn_implementation(self) -> str:
-        """What the user chose; kvembed's own name is never set between calls."""
-        return str(getattr(self.model.config.get_text_config(decoder=True), "_attn_implementation", "eager"))
+    def fingerprint(self) -> Fingerprint:
+        """Identity of a model that is served."""
+        assert self.wrapped.fingerprint is not None
+        return self.wrapped.fingerprint
+
+    @property
+    def spec(self) -> hf.CacheSpec:
+        """Shape of the cache of a model that is served."""
+        assert self.wrapped.spec is not None
+        return self.wrapped.spec
 
     def check_identity(self) -> None:
-        """Notice weights, adapters or settings that changed since the last call, and start from their identity."""
-        if self.fingerprint is not None and self.fingerprint.changed(self.attn_implementation):
-            self.refresh()
+        """Notice a model that changed since the last call; live sequences of the old one are dropped."""
+        if self.wrapped.noticed_change():
+            self.drop_live()
+            self._adopt()
 
     def refresh(self) -> None:
-        """Take the full fingerprint again; live sequences of the old model are dropped."""
-        before = self.fingerprint.digest if self.fingerprint else None
-        if self.fingerprint is not None:
-            self.fingerprint.refresh(self.attn_implementation)
-        if self.fingerprint is None or self.fingerprint.digest != before:
+        """Take the full fingerprint again."""
+        if self.wrapped.refresh():
             self.drop_live()
-            # The dtype or device may be another one too, so the cache is probed again.
-            self.spec = self.fingerprint = None
-            self._prepare()
-
-    def _forward(self, ids: torch.Tensor, start: int, cache: Any, *, switch: bool = True) -> Any:
-        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
-        if "position_ids" in self._forward_arguments:
-            arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-        if "logits_to_keep" in self._forward_arguments:
-            arguments["logits_to_keep"] = 1
-        with torch.no_grad():
-            if switch:
-                with self.switch.active():
-                    return self.model(input_ids=ids, **arguments)
-            return self.model(input_ids=ids, **arguments)
-
-    def _logits(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
-        # The oracle decides itself when the grouped path is on.
-        return self._forward(ids, start, cache, switch=False).logits[:, -1].float()
+            self._adopt()
 
     # --- one call --------------------------------------------------------------------------------------
 
@@ -189,7 +126,7 @@ class Engine:
         gain = stored_tokens - live_tokens
         if live is None or gain <= 0:
             blocks, tail = (blocks, tail) if live is None else ([], None)
-        elif self._is_takeover(live, live_tokens) and self.spec is not None and self.spec.extendable:
+        elif self._is_takeover(live, live_tokens) and self.spec.extendable:
             # What is live stays where it is; only the blocks after it are read.
             live_tokens = live_tokens // size * size
             blocks = blocks[live_tokens // size :]
@@ -243,8 +180,7 @@ class Engine:
         return sequence, restore, {**tiers, **stored_tiers}
 
     def _new_cache(self, capacity: int) -> Any:
-        assert self.spec is not None
-        return self.spec.new_cache(self.model.config, capacity)
+        return self.spec.new_cache(self.model.config, capacity, self._pool)
 
     def _open_live(self, match: Match, ids: TokenIds, capacity: int) -> LiveSequence:
         live = match.live
@@ -271,7 +207,6 @@ class Engine:
             if source is None:
                 break
             same = source.info.start == position and np.array_equal(source.token_ids[:n], ids[position : position + n])
-            assert self.spec is not None
             if not same or source.layout != self.spec.layout:
                 source.close()
                 self.store.discard(stored.info.key, "holds other tokens or another layout than its key says")
@@ -314,7 +249,7 @@ class Engine:
                 break  # off the grid anyway: one forward for the rest is cheaper than two
             elif not exact and edge - position < size // 4 and edge + size <= last:
                 edge += size  # likewise: no forward for a few tokens
-            self._forward(tensor[:, position:edge], position, sequence.cache)
+            self.wrapped.forward(tensor[:, position:edge], position, sequence.cache)
             sequence.ids = ids[:edge]
             if exact and edge % size == 0:
                 sequence.exact = edge
@@ -372,8 +307,6 @@ class Engine:
         return sequence.keys[start // size - 1] if start else sequence.root
 
     def _put(self, sequence: LiveSequence, start: int, end: int, exact: bool) -> int:
-        assert self.spec is not None
-        assert self.fingerprint is not None
         parent = self._parent(sequence, start)
         ids = np.ascontiguousarray(sequence.ids[start:end])
         key = block_key(parent, ids)
@@ -387,6 +320,7 @@ class Engine:
 
     def keep(self, sequence: LiveSequence) -> None:
         """Keep a finished sequence live."""
+        self._note_length(len(sequence.ids))
         self.live.add(sequence)
         self._account()
 
@@ -395,12 +329,32 @@ class Engine:
         self.live.clear()
         self._account()
 
+    @property
+    def _on_host(self) -> bool:
+        return self.model.device.type == "cpu"
+
     def _account(self) -> None:
+        """Count live caches, and memory kept for the next ones, against the budget in host memory."""
         if self.store.closed:
             return  # nothing is counted any more
-        on_host = self.model.device.type == "cpu"
-        self.store.reserve(self._owner, self.live.nbytes if on_host else 0)
+        self._pool.limit(self.live.max_bytes - self.live.nbytes)
+        self.store.reserve(self._owner, self.live.nbytes + self._pool.free_bytes if self._on_host else 0)
+
+    def _prepare_memory(self) -> None:
+        """Touch memory for what this model's longest stored sequence needs: someone is about to come back to it."""
+        tokens = self.store.get_note(self.fingerprint.digest, "longest_tokens")
+        if isinstance(tokens, int) and self._on_host:
+            self._pool.prepare(min(self.spec.host_nbytes(tokens + 2 * self.block_size), _MOST_PREPARED_BYTES))
+            self._account()
+
+    def _note_length(self, tokens: int) -> None:
+        known = self.store.get_note(self.fingerprint.digest, "longest_tokens")
+        if not isinstance(known, int) or tokens > known:
+            self.store.set_note(self.fingerprint.digest, "longest_tokens", tokens)
 
     def close(self) -> None:
-        """Release the live sequences."""
-        self.drop_live()
+        """Release the live sequences and their memory."""
+        self.live.clear()
+        self._pool.limit(0)
+        if not self.store.closed:
+            self.store.reserve(self._owner, 0)

@@ -164,7 +164,6 @@ def _onward(engine: Engine, parent: bytes) -> list[TokenIds]:
 
 def _other_model(engine: Engine, ids: TokenIds) -> tuple[TokenIds, dict[str, tuple[str, str]]]:
     """Return the nearest sequence stored by another model under the same salt, and how that model differs."""
-    assert engine.fingerprint is not None
     best, differences = ids[:0], {}
     for digest, fields in list(engine.store.namespaces().items())[:_MOST_NAMESPACES]:
         if digest == engine.fingerprint.digest:
@@ -199,7 +198,7 @@ def miss_reason(engine: Engine, found: Match, ids: TokenIds, cached: int) -> str
 
 
 def _first_block_elsewhere(engine: Engine, ids: TokenIds) -> str | None:
-    if engine.fingerprint is None or len(ids) < engine.block_size:
+    if len(ids) < engine.block_size:
         return None
     first = np.ascontiguousarray(ids[: engine.block_size])
     for digest, fields in list(engine.store.namespaces().items())[:_MOST_NAMESPACES]:

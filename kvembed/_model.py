@@ -270,7 +270,14 @@ class CachedModel:
     @property
     def fingerprint(self) -> Mapping[str, str]:
         """Readable parts of the model's identity; empty for a model that is not served."""
-        return dict(self._engine.fingerprint.fields) if self._engine.fingerprint is not None else {}
+        fingerprint = self._engine.wrapped.fingerprint
+        return dict(fingerprint.fields) if fingerprint is not None else {}
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV a token takes when it is stored; 0 for a model that is not served."""
+        spec = self._engine.wrapped.spec
+        return spec.token_nbytes if spec is not None else 0
 
     @property
     def block_size(self) -> int:

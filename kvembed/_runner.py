@@ -143,7 +143,7 @@ class Runner:
                 **request.kwargs,
                 "stopping_criteria": with_watch(request.kwargs.get("stopping_criteria"), watch),
             }
-            with engine.switch.active():
+            with engine.wrapped.switch.active():
                 result = self._model.generate(
                     request.inputs,
                     generation_config=request.generation_config,
@@ -260,7 +260,7 @@ class Runner:
         if computed < _RATE_TOKENS or restore is not None or seconds <= 0:
             return None
         rate = computed / seconds
-        self.engine.note_prefill_rate(rate)
+        self.engine.wrapped.note_prefill_rate(rate)
         return rate
 
     def _usage_of(self, request: Request, attempt: _Attempt, watch: Watch, result: Any) -> Usage:
@@ -275,7 +275,7 @@ class Runner:
         rate = known = why = None
         with contextlib.suppress(StoreClosedError):
             rate = self._rate(prompt - cached, prefill_s, attempt.restore)
-            known = self.engine.prefill_rate
+            known = self.engine.wrapped.prefill_rate
             why = miss_reason(self.engine, attempt.match, attempt.ids, cached)
         return Usage(
             prompt_tokens=prompt,

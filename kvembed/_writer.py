@@ -18,6 +18,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from kvembed._errors import BlockFormatError, StoreClosedError
+from kvembed._units import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -106,8 +107,12 @@ class Writer:
         with self._changed:
             while True:
                 if not self._writable or self._stop or time.monotonic() < self._paused_until:
-                    if cpu is not None:
-                        cpu.put(block)
+                    if cpu is not None and not cpu.put(block) and info.nbytes > cpu.max_bytes:
+                        self._report(
+                            "budget:cpu",
+                            f"the memory budget of {format_bytes(cpu.max_bytes)} is too small for one block "
+                            f"(needs {format_bytes(info.nbytes)}); raise max_cpu_bytes",
+                        )
                     return
                 if cpu is not None and cpu.put(block, dirty=True):
                     self._blocks.append((block, False))

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from kvembed._block import Layout, TensorSpec
 from kvembed._errors import UnsupportedModelError
-from kvembed._memory import host_buffer
+from kvembed._memory import HostPool, host_buffer
 from kvembed._rows import Rows, as_bytes
 
 if TYPE_CHECKING:
@@ -93,12 +93,21 @@ class CacheSpec:
         """True when stored blocks can be appended to a cache that holds tokens already (no windows)."""
         return all(layer.window is None for layer in self.layers)
 
-    def new_cache(self, model_config: Any, capacity: int) -> DynamicCache:
-        """Return an empty cache with room for ``capacity`` tokens in every layer."""
+    def host_nbytes(self, capacity: int) -> int:
+        """Bytes of host memory a cache for ``capacity`` tokens takes (layers on other devices take none)."""
+        return sum(_layer_bytes(s, self._rows(s, capacity)) for s in self.layers if s.device.type == "cpu")
+
+    def new_cache(self, model_config: Any, capacity: int, pool: HostPool | None = None) -> DynamicCache:
+        """Return an empty cache with room for ``capacity`` tokens in every layer.
+
+        Args:
+            model_config: The model's config.
+            capacity: Tokens.
+            pool: Where host memory comes from, and goes back to with the cache's last view.
+        """
         cache = DynamicCache(config=model_config)
-        memory = _HostMemory(
-            sum(_layer_bytes(s, self._rows(s, capacity)) for s in self.layers if s.device.type == "cpu")
-        )
+        nbytes = self.host_nbytes(capacity)
+        memory = _HostMemory(host_buffer(nbytes) if pool is None else pool.take(nbytes))
         cache.layers[:] = [self._new_layer(i, spec, capacity, memory) for i, spec in enumerate(self.layers)]
         return cache
 
@@ -126,13 +135,13 @@ def _layer_bytes(spec: LayerSpec, rows: int) -> int:
 class _HostMemory:
     """One allocation for all layers of a cache that compute on the CPU."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, buffer: np.ndarray) -> None:
         self._at = 0
-        self._memory = torch.from_numpy(host_buffer(nbytes)) if nbytes else None
+        self._memory = torch.from_numpy(buffer)
 
     def take(self, shape: tuple[int, ...], spec: LayerSpec) -> torch.Tensor:
         """Return an uninitialised tensor; on a device other than the CPU, one of its own."""
-        if spec.device.type != "cpu" or self._memory is None:
+        if spec.device.type != "cpu":
             return torch.empty(shape, dtype=spec.dtype, device=spec.device)
         nbytes = int(np.prod(shape)) * spec.dtype.itemsize
         flat = self._memory[self._at : self._at + nbytes]

@@ -170,7 +170,6 @@ def inspect_model(name: str, dtype: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kvembed-doctor-") as folder:
         try:
             with KVStore(folder) as store, _common.load_model(name, store, Steps(quiet=True), dtype=dtype) as model:
-                spec = model._engine.spec
                 return {
                     "name": name,
                     "supported": model.support is None,
@@ -178,7 +177,7 @@ def inspect_model(name: str, dtype: str) -> dict[str, Any]:
                     "class": type(model.hf_model).__name__,
                     "dtype": str(model.hf_model.dtype).removeprefix("torch."),
                     "device": str(model.hf_model.device),
-                    "kv_bytes_per_token": spec.token_nbytes if spec is not None else None,
+                    "kv_bytes_per_token": model.kv_bytes_per_token or None,
                     "fingerprint": dict(model.fingerprint),
                 }
         except KVEmbedError as error:

@@ -47,8 +47,7 @@ def register(app: typer.Typer) -> None:
                     raise UnsupportedModelError(f"kvembed cannot cache {model}: {cached.support}")
                 with steps.step(f"Prefilling {file.name}") as progress:
                     document = cached.document(file, name=name, system=system, pin=pin, progress=progress)
-                usage, spec = document.usage, cached._engine.spec
-            token_bytes = spec.token_nbytes if spec is not None else 0
+                usage, token_bytes = document.usage, cached.kv_bytes_per_token
             stored = usage.stored_tokens * token_bytes
             if as_json:
                 _common.print_json(

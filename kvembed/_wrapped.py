@@ -1,0 +1,146 @@
+"""`WrappedModel`: a transformers model, the shape of its cache, its identity, and whether it may be served."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvembed import hf
+from kvembed._attention import AttentionSwitch
+from kvembed._errors import UnsupportedModelError
+from kvembed._fingerprint import Fingerprint
+from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
+
+if TYPE_CHECKING:
+    from kvembed._store import KVStore
+
+__all__ = ["WrappedModel"]
+
+
+class WrappedModel:
+    """What the engine needs to know of a model.
+
+    Args:
+        model: A transformers causal LM.
+        store: Where its namespace, and notes about it, are kept.
+        block_size: Tokens of a full block.
+
+    Attributes:
+        spec: Shape of the cache; None for a model that is not served.
+        fingerprint: Identity; None likewise.
+        refusal: Why the model is passed through, or None.
+        verdict: What the trial found.
+        switch: Puts the grouped attention path under the model while it runs.
+    """
+
+    def __init__(self, model: Any, store: KVStore, block_size: int) -> None:
+        self.model = model
+        self._store = store
+        self._block_size = block_size
+        self.switch = AttentionSwitch(model)
+        self._forward_arguments = self._find_forward_arguments()
+        self.spec: hf.CacheSpec | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.refusal: str | None = None
+        self.verdict: OracleVerdict | None = None
+        self._prepare()
+
+    def _find_forward_arguments(self) -> frozenset[str]:
+        names = inspect.signature(self.model.forward).parameters
+        return frozenset(n for n in ("position_ids", "logits_to_keep", "attention_mask") if n in names)
+
+    def _prepare(self) -> None:
+        """Probe the cache, take the fingerprint, and try reuse once (or read how the trial ended before)."""
+        self.refusal = static_refusal(self.model)
+        if self.refusal is None:
+            try:
+                cache = hf.new_stock_cache(self.model.config)
+                self.forward(trial_ids(self.model)[:, :1], 0, cache, switch=False)
+                self.spec = hf.probe_cache_spec(cache, self._block_size)
+            except UnsupportedModelError as error:
+                self.refusal = str(error)
+            except Exception as error:  # a model we know nothing of: whatever it raises is its refusal
+                self.refusal = f"a one-token forward with a DynamicCache failed ({type(error).__name__}: {error})"
+        if self.spec is None:
+            return
+        self.fingerprint = Fingerprint(self.model, self.attn_implementation, self.spec.kinds, self._block_size)
+        self._adopt_fingerprint()
+
+    def _adopt_fingerprint(self) -> None:
+        assert self.fingerprint is not None
+        assert self.spec is not None
+        digest = self.fingerprint.digest
+        self._store.register_namespace(digest, dict(self.fingerprint.fields))
+        noted = self._store.get_note(digest, "oracle")
+        if isinstance(noted, dict):
+            self.verdict = OracleVerdict(noted["reason"], noted["grouped_attention"], noted["relative_error"])
+            self.switch.enabled = self.verdict.grouped_attention
+        else:
+            self.switch.enabled = True
+            try:
+                self.verdict = run_oracle(
+                    self.model, self.spec, self.switch, lambda ids, start, cache: self._logits(ids, start, cache)
+                )
+            except Exception as error:  # a trial that fails is an answer, not an accident
+                self.verdict = OracleVerdict(f"the trial failed ({type(error).__name__}: {error})", False, float("inf"))
+            self._store.set_note(digest, "oracle", vars(self.verdict))
+        self.refusal = self.verdict.reason
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Tokens a second of a cold prefill on this machine, measured before; None until then."""
+        if self.fingerprint is None:
+            return None
+        rate = self._store.get_note(self.fingerprint.digest, "prefill_tokens_per_second")
+        return float(rate) if isinstance(rate, int | float) else None
+
+    def note_prefill_rate(self, rate: float) -> None:
+        """Remember a measured rate; a running mean, so that one noisy call does not stand for the machine."""
+        known = self.prefill_rate
+        value = rate if known is None else 0.7 * known + 0.3 * rate
+        if self.fingerprint is not None:
+            self._store.set_note(self.fingerprint.digest, "prefill_tokens_per_second", value)
+
+    @property
+    def attn_implementation(self) -> str:
+        """What the user chose; kvembed's own name is never set between calls."""
+        return str(getattr(self.model.config.get_text_config(decoder=True), "_attn_implementation", "eager"))
+
+    def noticed_change(self) -> bool:
+        """Notice weights, adapters or settings that changed since the last call, and take the new identity.
+
+        Returns:
+            True when the model is another one now.
+        """
+        return self.fingerprint is not None and self.fingerprint.changed(self.attn_implementation) and self.refresh()
+
+    def refresh(self) -> bool:
+        """Take the full fingerprint again; True when the model is another one now."""
+        before = self.fingerprint.digest if self.fingerprint else None
+        if self.fingerprint is not None:
+            self.fingerprint.refresh(self.attn_implementation)
+            if self.fingerprint.digest == before:
+                return False
+        # The dtype or device may be another one too, so the cache is probed again.
+        self.spec = self.fingerprint = None
+        self._prepare()
+        return True
+
+    def forward(self, ids: torch.Tensor, start: int, cache: Any, *, switch: bool = True) -> Any:
+        """Run tokens ``[1, n]`` from position ``start`` on, appending to ``cache``; logits of the last one only."""
+        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+        if "position_ids" in self._forward_arguments:
+            arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        if "logits_to_keep" in self._forward_arguments:
+            arguments["logits_to_keep"] = 1
+        with torch.no_grad():
+            if switch:
+                with self.switch.active():
+                    return self.model(input_ids=ids, **arguments)
+            return self.model(input_ids=ids, **arguments)
+
+    def _logits(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
+        # The oracle decides itself when the grouped path is on.
+        return self.forward(ids, start, cache, switch=False).logits[:, -1].float()
