@@ -6,7 +6,6 @@ import os
 import sqlite3
 import stat
 import threading
-import time
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -348,12 +347,11 @@ def test_damage_met_while_running_is_a_miss_now_and_mended_at_the_next_opening(t
 
 
 @pytest.mark.slow
-def test_a_catalog_of_many_rows_opens_and_answers_quickly(tmp_path: Path) -> None:
+def test_a_catalog_of_many_rows_answers_for_many_keys(tmp_path: Path) -> None:
     chains = [random_chain(40, seed=n, tokens=8) for n in range(250)]
     catalog = Catalog(tmp_path / "kvembed.db", create=True)
     enter(catalog, [block for chain in chains for block in chain])
     keys = [block.key for chain in chains[:10] for block in chain]
-    began = time.perf_counter()
+    # How long it takes is measured by benchmarks/lookup.py: on a busy machine a bound here says nothing.
     assert len(catalog.get(keys)) == 400
-    assert time.perf_counter() - began < 0.1
     catalog.close()
