@@ -36,7 +36,14 @@ FORMAT = 1
 
 _SAMPLED_WORDS = 8
 _RECORDERS = "transformers.utils.output_capturing"
-_NOISE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_autoset")
+_NOISE = (
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation_autoset",
+)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -104,7 +111,7 @@ def _hook_ids(module: torch.nn.Module) -> list[int]:
 
 
 def _module_states(model: torch.nn.Module, hook_salt: str) -> str:
-    """Class, hooks and adapter switches of every module: what changes a forward without changing a weight.
+    """Class, mode, hooks and adapter switches of every module: what changes a forward without changing a weight.
 
     Args:
         model: The model.
@@ -113,7 +120,7 @@ def _module_states(model: torch.nn.Module, hook_salt: str) -> str:
     """
     parts = []
     for name, module in model.named_modules():
-        entry = f"{name}:{type(module).__qualname__}"
+        entry = f"{name}:{type(module).__qualname__}{':training' if module.training else ''}"
         if (module._forward_hooks or module._forward_pre_hooks) and (ids := _hook_ids(module)):
             entry += f":hooks {ids} {hook_salt}"
         if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # accelerate's only moves tensors

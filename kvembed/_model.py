@@ -154,7 +154,7 @@ class CachedModel:
     ) -> Any:
         request = Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel)
         with self._lock:
-            refusal = "KVEMBED_DISABLE is set" if is_disabled() else self.support
+            refusal = "KVEMBED_DISABLE is set" if is_disabled() else None
             if refusal is None and self.store.closed:
                 refusal = "the store is closed"
             result, self._usage = self._runner.generate(request, refusal)
@@ -214,9 +214,10 @@ class CachedModel:
         """
         ids = encode(self.tokenizer, prompt)
         check_prompt(self.hf_model, ids, 0)
-        if self.support is not None:
-            raise UnsupportedModelError(f"nothing to prefill: {self.support}")
         with self._lock:
+            self._engine.check_identity()
+            if self.support is not None:
+                raise UnsupportedModelError(f"nothing to prefill: {self.support}")
             shown = self.progress if progress is None else progress
             self._usage = self._runner.prefill(ids, deterministic=self.deterministic, progress=shown)
             return self._usage
@@ -229,10 +230,10 @@ class CachedModel:
         """
         ids = encode(self.tokenizer, prompt)
         check_prompt(self.hf_model, ids[:1])
-        if self.support is not None:
-            return PrefixMatch(prompt_tokens=len(ids))
         with self._lock:
             self._engine.check_identity()
+            if self.support is not None:
+                return PrefixMatch(prompt_tokens=len(ids))
             found = self._engine.match(ids, deterministic=self.deterministic)
         blocks = -(-found.live_tokens // found.block_size) + len(found.stored)
         return PrefixMatch(
@@ -253,6 +254,7 @@ class CachedModel:
         ids = encode(self.tokenizer, prompt)
         check_prompt(self.hf_model, ids[:1])
         with self._lock:
+            self._engine.check_identity()
             return explain_prompt(self._engine, self.tokenizer, ids, self.support, deterministic=self.deterministic)
 
     # --- the rest --------------------------------------------------------------------------------------

@@ -216,7 +216,6 @@ class Runner:
     def prefill(self, ids: TokenIds, *, deterministic: bool, progress: Progress) -> Usage:
         """Compute and store the KV of a whole prompt; see `CachedModel.prefill`."""
         began = time.perf_counter()
-        self.engine.check_identity()
         for attempt in range(_ATTEMPTS):
             try:
                 return self._prefill_once(ids, deterministic, progress, began, cold=attempt == _ATTEMPTS - 1)

@@ -53,6 +53,12 @@ class WrappedModel:
 
     def _prepare(self) -> None:
         """Probe the cache, take the fingerprint, and try reuse once (or read how the trial ended before)."""
+        cuda = [self.model.device] if self.model.device.type == "cuda" else []
+        # With dropout (a model in training mode) the trial draws random numbers, which the caller must not notice.
+        with torch.random.fork_rng(devices=cuda):
+            self._try_out()
+
+    def _try_out(self) -> None:
         self.refusal = static_refusal(self.model)
         if self.refusal is None:
             try:
@@ -83,9 +89,11 @@ class WrappedModel:
                 self.verdict = run_oracle(
                     self.model, self.spec, self.switch, lambda ids, start, cache: self._logits(ids, start, cache)
                 )
-            except Exception as error:  # a trial that fails is an answer, not an accident
+            except Exception as error:
+                # An answer for now. It is not kept: memory may have been short, or a library half installed.
                 self.verdict = OracleVerdict(f"the trial failed ({type(error).__name__}: {error})", False, float("inf"))
-            self._store.set_note(digest, "oracle", vars(self.verdict))
+            else:
+                self._store.set_note(digest, "oracle", vars(self.verdict))
         self.refusal = self.verdict.reason
 
     @property
