@@ -165,6 +165,9 @@ class StoreView:
         in_memory = self._in_memory()
         known = dict(in_memory)
         followed = {info.parent for info in in_memory.values()}
+        ends = [info for info in in_memory.values() if info.key not in followed]
+        # Asked before the rows are read: a block that reaches the disk in between is then among them.
+        on_disk = self._catalog.get([info.key for info in ends]) if self._catalog is not None else {}
         entries: list[PrefixEntry] = []
         names = self._names_by_key()
         models = {digest: str(fields.get("name", "")) for digest, fields in self.namespaces().items()}
@@ -175,9 +178,8 @@ class StoreView:
                 if row.info.key not in followed:
                     seen.add(row.info.key)
                     entries.append(self._entry(row.info, row.last_used, in_memory, known, names, models))
-        waiting = [info for info in in_memory.values() if info.key not in followed and info.key not in seen]
-        on_disk = self._catalog.get([info.key for info in waiting]) if self._catalog is not None else {}
-        new = [self._entry(i, None, in_memory, known, names, models) for i in waiting if i.key not in on_disk]
+        waiting = [info for info in ends if info.key not in seen and info.key not in on_disk]
+        new = [self._entry(info, None, in_memory, known, names, models) for info in waiting]
         entries = new + entries
         if sort == "tokens":
             entries.sort(key=lambda entry: -entry.n_tokens)
