@@ -120,7 +120,7 @@ def test_named_documents_that_are_asked_in_turn(
 
 def test_a_store_shared_by_two_processes_worth_of_stores(lab: Lab, llama: Any, plain: Callable[..., Any]) -> None:
     # Two stores on one folder, each evicting what the other has just found.
-    budgets = {"max_cpu_bytes": 2 * DOCUMENT_BYTES, "max_disk_bytes": 3 * DOCUMENT_BYTES}
+    budgets: dict[str, Any] = {"max_cpu_bytes": 2 * DOCUMENT_BYTES, "max_disk_bytes": 3 * DOCUMENT_BYTES}
     stores: list[KVStore] = [lab.store(**budgets), lab.store(**budgets)]
     wrapped = [lab.wrap(llama, store, max_live=0) for store in stores]
     rng = random.Random(3)
