@@ -208,12 +208,17 @@ class Fingerprint:
     def _sampled(self) -> int:
         return xxhash.xxh3_64_intdigest(b"".join(v.tobytes() for v in self._views if v is not None))
 
-    def changed(self, attn_implementation: str) -> bool:
-        """Return True when the model may compute other KV than the digest says."""
+    def changed(self, attn_implementation: str, *, tensors: bool = True) -> bool:
+        """Return True when the model may compute other KV than the digest says.
+
+        Args:
+            attn_implementation: What the user chose.
+            tensors: Whether to look at weights and buffers too.
+        """
         if attn_implementation != self._extra[0]:
             return True
-        tensors = [t for _, t in _tensors(self._model)]
-        if self._scan(tensors) != self._seen or self._sampled() != self._sample:
+        now = [t for _, t in _tensors(self._model)] if tensors else []
+        if tensors and (self._scan(now) != self._seen or self._sampled() != self._sample):
             return True
         fields = self.fields
         return (

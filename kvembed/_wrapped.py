@@ -122,7 +122,11 @@ class WrappedModel:
         Returns:
             True when the model is another one now.
         """
-        return self.fingerprint is not None and self.fingerprint.changed(self.attn_implementation) and self.refresh()
+        if self.fingerprint is None:
+            return False
+        # A model may have been refused because every forward changes a buffer: it must not be tried at every call.
+        changed = self.fingerprint.changed(self.attn_implementation, tensors=self.refusal is None)
+        return changed and self.refresh()
 
     def refresh(self) -> bool:
         """Take the full fingerprint again; True when the model is another one now."""
