@@ -74,6 +74,7 @@ class _Attempt:
     sequence: LiveSequence
     restore: Restore | None
     tiers: dict[str, int]
+    why: str | None = None
     stored: int = 0
 
 
@@ -133,6 +134,8 @@ class Runner:
         room = self._new_tokens(len(ids), request) + engine.block_size
         try:
             attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room)
+            # Asked before this call stores what was missing, and with it the reason is gone.
+            attempt.why = miss_reason(engine, attempt.match, ids, sum(attempt.tiers.values()))
         except StoreClosedError:  # by another thread, since this call looked
             return self._pass_through(request, _CLOSED)
         watch = Watch(request.cancel)
@@ -271,11 +274,10 @@ class Runner:
         prefill_s = max(0.0, ttft - attempt.match.seconds)
         cached = sum(attempt.tiers.values())
         prompt = len(attempt.ids)
-        rate = known = why = None
+        rate = known = None
         with contextlib.suppress(StoreClosedError):
             rate = self._rate(prompt - cached, prefill_s, attempt.restore)
             known = self.engine.wrapped.prefill_rate
-            why = miss_reason(self.engine, attempt.match, attempt.ids, cached)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=len(_sequence_of(result)) - prompt,
@@ -288,7 +290,7 @@ class Runner:
             total_s=now - request.began,
             prefill_tokens_per_second=rate,
             saved_s=cached / known - restore_s if known and cached else None,
-            miss_reason=why,
+            miss_reason=attempt.why,
             deterministic=request.deterministic,
             stored_tokens=attempt.stored,
         )
