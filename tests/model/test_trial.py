@@ -23,7 +23,8 @@ class RestartsPositions(LlamaForCausalLM):
     """Continues every forward at position 0: right in one go, wrong with a cache."""
 
     def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
+        positions: Any = torch.arange(input_ids.shape[1])[None]
+        return super().forward(input_ids, position_ids=positions, **kwargs)
 
 
 class ForgetsKeys(LlamaForCausalLM):
@@ -31,7 +32,7 @@ class ForgetsKeys(LlamaForCausalLM):
 
     def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         before = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if before:
+        if past_key_values is not None and before:
             for layer in past_key_values.layers:
                 layer.keys[:, :, :before] = 0
         return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
@@ -243,10 +244,10 @@ def test_eager_attention_stays_eager(lab: Lab, makers: dict[str, Callable[..., A
 
 def test_the_models_class_may_keep_its_own_forward_signature(lab: Lab, llama: Any) -> None:
     class Narrow(LlamaForCausalLM):
-        def forward(
-            self, input_ids: Any = None, past_key_values: Any = None, attention_mask: Any = None, **kw: Any
-        ) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **kw)
+        def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, input_ids: Any = None, past_key_values: Any = None, attention_mask: Any = None, **kwargs: Any
+        ) -> Any:
+            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
 
     model = build(Narrow, llama)
     cached = lab.wrap(model)
