@@ -141,8 +141,11 @@ def garbage(path: Path, other: Path) -> None:
     path.write_bytes(b"\xff" * 20_000)
 
 
-@pytest.mark.parametrize("threads", [False, True])
-@pytest.mark.parametrize("damage", [flip, cut, empty, swap, garbage])
+# Only a flipped bit is found while rows are read, by whichever thread; the rest shows when the file is opened.
+@pytest.mark.parametrize(
+    ("damage", "threads"),
+    [(flip, False), (flip, True), (cut, False), (empty, False), (swap, False), (garbage, False)],
+)
 @pytest.mark.parametrize("where", [0, 3])
 def test_a_bad_file_met_by_a_restore(
     lab: Lab,
