@@ -122,13 +122,14 @@ def new_process(model: str, folder: str, length: int, variant: int) -> float:
 
 
 def child(name: str, task: dict) -> None:
+    # In the order of a script: load, wrap, read the document, ask.
     model, tokenizer = common.load(name)
-    ids = common.text_ids(tokenizer)
-    # The first forward of a process sets up thread pools and kernels; plain transformers pays for that too.
-    with torch.no_grad():
-        model(ids[None, :SUFFIX])
     with KVStore(task["folder"]) as store:
         cached = CachedModel(model, tokenizer, store=store, progress=False)
+        ids = common.text_ids(tokenizer)
+        # The first forward of a process sets up thread pools and kernels; plain transformers pays for that too.
+        with torch.no_grad():
+            model(ids[None, :SUFFIX])
         began = time.perf_counter()
         ask(cached, ids, task["length"], task["variant"])
         usage = cached.usage

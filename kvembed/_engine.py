@@ -249,7 +249,7 @@ class Engine:
                 break  # off the grid anyway: one forward for the rest is cheaper than two
             elif not exact and edge - position < size // 4 and edge + size <= last:
                 edge += size  # likewise: no forward for a few tokens
-            self.wrapped.forward(tensor[:, position:edge], position, sequence.cache)
+            self.wrapped.forward(tensor[:, position:edge], position, sequence.cache, logits=False)
             sequence.ids = ids[:edge]
             if exact and edge % size == 0:
                 sequence.exact = edge

@@ -41,6 +41,7 @@ class WrappedModel:
         self._block_size = block_size
         self.switch = AttentionSwitch(model)
         self._forward_arguments = self._find_forward_arguments()
+        self._headless = False
         self.spec: hf.CacheSpec | None = None
         self.fingerprint: Fingerprint | None = None
         self.refusal: str | None = None
@@ -62,9 +63,7 @@ class WrappedModel:
         self.refusal = static_refusal(self.model)
         if self.refusal is None:
             try:
-                cache = hf.new_stock_cache(self.model.config)
-                self.forward(trial_ids(self.model)[:, :1], 0, cache, switch=False)
-                self.spec = hf.probe_cache_spec(cache, self._block_size)
+                self.spec = hf.probe_cache_spec(self._probe(), self._block_size)
             except UnsupportedModelError as error:
                 self.refusal = str(error)
             except Exception as error:  # a model we know nothing of: whatever it raises is its refusal
@@ -73,6 +72,19 @@ class WrappedModel:
             return
         self.fingerprint = Fingerprint(self.model, self.attn_implementation, self.spec.kinds, self._block_size)
         self._adopt_fingerprint()
+
+    def _probe(self) -> Any:
+        """Return a stock cache filled by a one-token forward, which also shows whether logits can be left out."""
+        cache = hf.new_stock_cache(self.model.config)
+        first = trial_ids(self.model)[:, :1]
+        self._headless = "logits_to_keep" in self._forward_arguments
+        try:
+            self.forward(first, 0, cache, switch=False, logits=False)
+        except Exception:  # a model that takes only a number there, or that fails anyhow: the next line tells
+            self._headless = False
+            cache = hf.new_stock_cache(self.model.config)
+            self.forward(first, 0, cache, switch=False)
+        return cache
 
     def _adopt_fingerprint(self) -> None:
         assert self.fingerprint is not None
@@ -140,13 +152,22 @@ class WrappedModel:
         self._prepare()
         return True
 
-    def forward(self, ids: torch.Tensor, start: int, cache: Any, *, switch: bool = True) -> Any:
-        """Run tokens ``[1, n]`` from position ``start`` on, appending to ``cache``; logits of the last one only."""
+    def forward(self, ids: torch.Tensor, start: int, cache: Any, *, switch: bool = True, logits: bool = True) -> Any:
+        """Run tokens ``[1, n]`` from position ``start`` on, appending to ``cache``.
+
+        Args:
+            ids: Token ids.
+            start: Position of the first one.
+            cache: Holds the tokens before it.
+            switch: Use the grouped attention path (when it is enabled).
+            logits: Compute those of the last token; a prefill needs none, and the head of a small model with a
+                large vocabulary is a fifth of its weights.
+        """
         arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
         if "position_ids" in self._forward_arguments:
             arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         if "logits_to_keep" in self._forward_arguments:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = 1 if logits or not self._headless else torch.empty(0, dtype=torch.long)
         with torch.no_grad():
             if switch:
                 with self.switch.active():

@@ -32,7 +32,9 @@ class StopAfter:
         return torch.full((1,), self.calls >= self.new)
 
 
-def test_logits_are_made_for_one_position_only(lab: Lab, makers: dict[str, Callable[..., Any]]) -> None:
+def test_logits_are_made_for_the_last_position_only_and_none_in_prefill(
+    lab: Lab, makers: dict[str, Callable[..., Any]]
+) -> None:
     for name in ("llama", "gemma3"):
         model = makers[name]()
         shapes: list[int] = []
@@ -40,11 +42,30 @@ def test_logits_are_made_for_one_position_only(lab: Lab, makers: dict[str, Calla
         cached = lab.wrap(model, lab.store(name))
         shapes.clear()
         run(cached, LONG, 4)
-        assert len(shapes) == 20 + 4
+        assert shapes == [0] * 20 + [1] * 4
         cached.prefill(cat(LONG, random_ids(50, seed=1)))
         lab.leave_only(cached, "cpu")
         run(cached, LONG, 4)
-        assert set(shapes) == {1}
+        assert set(shapes) == {0, 1}
+
+
+def test_a_model_that_takes_only_a_number_of_logits_is_served_too(lab: Lab, model: Any) -> None:
+    plain = run(model, LONG, 6)
+    original = model.forward
+    asked: list[Any] = []
+
+    def forward(*args: Any, logits_to_keep: int = 0, position_ids: Any = None, **kwargs: Any) -> Any:
+        if isinstance(logits_to_keep, torch.Tensor):
+            raise TypeError("logits_to_keep is a number here")
+        asked.append(logits_to_keep)
+        return original(*args, logits_to_keep=logits_to_keep, position_ids=position_ids, **kwargs)
+
+    model.forward = forward
+    cached = lab.wrap(model)
+    assert torch.equal(run(cached, LONG, 6), plain)
+    assert torch.equal(run(cached, LONG, 6), plain)
+    assert cached.usage.cached_tokens > 0
+    assert set(asked) == {1}
 
 
 def buffers(cached: Any) -> list[Any]:
