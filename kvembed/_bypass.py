@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["bypass_reason", "generation_value", "input_ids_of"]
+__all__ = ["bypass_reason", "copies_of_prompt", "generation_value", "input_ids_of", "is_assisted"]
 
 _KNOWN_ARGUMENTS = frozenset(
     {
@@ -26,6 +26,10 @@ _KNOWN_ARGUMENTS = frozenset(
         "synced_gpus",
         "logits_to_keep",
         "trust_remote_code",
+        "assistant_model",
+        "assistant_tokenizer",
+        "negative_prompt_ids",
+        "negative_prompt_attention_mask",
     }
 )
 
@@ -42,6 +46,18 @@ def generation_value(model: Any, generation_config: Any, kwargs: dict[str, Any],
 def input_ids_of(inputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return the prompt's ids, wherever the caller put them."""
     return inputs if inputs is not None else kwargs.get("input_ids")
+
+
+def copies_of_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> int:
+    """Return how many sequences transformers makes of one prompt: beams, or several samples."""
+    counts = [generation_value(model, generation_config, kwargs, n) for n in ("num_beams", "num_return_sequences")]
+    return max(int(count or 1) for count in counts)
+
+
+def is_assisted(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bool:
+    """True when drafts are verified several tokens at a time: by an assistant, or looked up in the prompt."""
+    drafts = generation_value(model, generation_config, kwargs, "prompt_lookup_num_tokens")
+    return kwargs.get("assistant_model") is not None or bool(drafts)
 
 
 def bypass_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
@@ -98,28 +114,23 @@ def _mode_reason(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> 
         return "use_cache=False"
     if value("cache_implementation") not in (None, "dynamic"):
         return f"cache_implementation={value('cache_implementation')!r}"
-    for name, neutral in (("num_beams", 1), ("num_return_sequences", 1), ("num_beam_groups", 1)):
-        if value(name) not in (None, neutral):
-            return f"{name}={value(name)}"
-    for name in ("assistant_model", "custom_generate", "negative_prompt_ids"):
+    if value("num_beam_groups") not in (None, 1):
+        return f"num_beam_groups={value('num_beam_groups')}"
+    for name in ("custom_generate",):
         if kwargs.get(name) is not None:
             return name
     for name in (
-        "prompt_lookup_num_tokens",
         "assistant_early_exit",
         "penalty_alpha",
         "dola_layers",
         "force_words_ids",
         "constraints",
-        "prefill_chunk_size",
         "token_healing",
         "output_attentions",
         "output_hidden_states",
     ):
         if value(name):
             return name
-    if value("guidance_scale") not in (None, 1, 1.0):
-        return f"guidance_scale={value('guidance_scale')}"
     if kwargs.get("synced_gpus"):
         return "synced_gpus"
     return None

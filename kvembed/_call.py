@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Iterator
 
-__all__ = ["PromptOnceStreamer", "Watch", "with_watch"]
+__all__ = ["PromptOnceStreamer", "Watch", "sliced_first_step", "with_watch"]
 
 
 class Watch(StoppingCriteria):
@@ -68,3 +71,34 @@ class PromptOnceStreamer(BaseStreamer):
     def end(self) -> None:
         """Pass the end on."""
         self._streamer.end()
+
+
+@contextmanager
+def sliced_first_step(model: Any, length: int) -> Iterator[None]:
+    """Make the first step of a generation skip the ``length`` tokens its cache already holds.
+
+    transformers cuts them off itself in plain decoding, but not in assisted generation, nor for models that call
+    their cache ``cache_params``: those would be fed the whole prompt again, on top of itself, without an error.
+    """
+    original = model.prepare_inputs_for_generation
+    before = vars(model).get("prepare_inputs_for_generation")
+
+    def prepare_inputs_for_generation(
+        input_ids: Any, next_sequence_length: Any = None, is_first_iteration: bool = False, **kwargs: Any
+    ) -> Any:
+        if is_first_iteration and next_sequence_length is None and input_ids.shape[1] > length:
+            next_sequence_length = input_ids.shape[1] - length
+        return original(
+            input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    # transformers looks at the signature to see which arguments a model knows.
+    prepare_inputs_for_generation.__signature__ = inspect.signature(original)
+    model.prepare_inputs_for_generation = prepare_inputs_for_generation
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.prepare_inputs_for_generation
+        else:
+            model.prepare_inputs_for_generation = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +11,18 @@ import torch
 
 from kvembed._errors import ConfigError, PromptError
 from kvembed._html import escape, mimebundle, panel
-from kvembed._keys import as_token_ids, block_key
-from kvembed._prompt import as_prompt, check_prompt, context_length, split_chat
+from kvembed._keys import as_token_ids, block_key, chain_keys
+from kvembed._prompt import as_prompt, check_prompt, context_length, split_chat, tokenize
 from kvembed._stream import stream_text
 from kvembed._units import format_bytes, format_count
+from kvembed._usage import Usage
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection, Iterator
 
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
-    from kvembed._usage import Usage
 
 __all__ = ["Answer", "Document"]
 
@@ -84,14 +84,17 @@ class Document:
         name: str | None,
         system: str | None,
         pin: bool,
+        prefill: bool,
         progress: Any,
     ) -> Document:
         """Read, tokenise and prefill; see `CachedModel.document`."""
+        if pin and not prefill:
+            raise ConfigError("pin=True needs prefill=True: there is nothing to pin before the document is computed")
         text, found_name = _read(source)
         if not text.strip():
             raise PromptError("the document is empty")
         before, after, has_special = split_chat(model.tokenizer, text, system)
-        ids = as_token_ids(model.tokenizer(before, add_special_tokens=not has_special)["input_ids"])
+        ids = tokenize(model.tokenizer, before, special=not has_special)
         limit = context_length(model.hf_model)
         if limit is not None and len(ids) >= limit:
             raise PromptError(
@@ -99,10 +102,10 @@ class Document:
                 "with a longer context"
             )
         check_prompt(model.hf_model, ids)
-        if model.support is None:
-            usage = model.prefill(ids, progress=progress)
+        if not prefill or model.support is not None:
+            usage = Usage(prompt_tokens=len(ids), bypass_reason=model.support)  # nothing was computed
         else:
-            usage = model.usage
+            usage = model.prefill(ids, progress=progress)
         document = cls(model, name or found_name, ids, after, usage)
         if pin:
             document.pin()
@@ -121,8 +124,8 @@ class Document:
         """
         if not question.strip():
             raise PromptError("the question is empty")
-        suffix = self._model.tokenizer(question + self._after, add_special_tokens=False)["input_ids"]
-        return as_token_ids(np.concatenate([self.prefix_ids, as_token_ids(suffix)]))
+        suffix = tokenize(self._model.tokenizer, question + self._after, special=False)
+        return as_token_ids(np.concatenate([self.prefix_ids, suffix]))
 
     def ask(self, question: str, *, max_new_tokens: int = 256, **kwargs: Any) -> Answer:
         """Answer one question.
@@ -158,12 +161,17 @@ class Document:
         return stream_text(self._model, ids, max_new_tokens, {"do_sample": False, **kwargs})
 
     def _keys(self) -> list[bytes]:
-        """Keys of all blocks of the document, its last, shorter one included."""
+        """Keys of all blocks of the document, and of the one that holds its last tokens."""
         engine = self._model._engine
-        size, key, keys = engine.block_size, engine.root, []
-        for start in range(0, len(self.prefix_ids), size):
-            key = block_key(key, np.ascontiguousarray(self.prefix_ids[start : start + size]))
-            keys.append(key)
+        size, ids = engine.block_size, self.prefix_ids
+        keys = chain_keys(engine.root, ids, size)
+        parent, rest = keys[-1] if keys else engine.root, ids[len(keys) * size :]
+        # The last tokens may be the start of a longer block, of a conversation that went on from here.
+        tail = self._model.store.find_tail(parent, rest)
+        if tail is not None and tail[1] == len(rest):
+            keys.append(tail[0].info.key)
+        elif len(rest):
+            keys.append(block_key(parent, np.ascontiguousarray(rest)))  # still on its way to the disk
         return keys
 
     def pin(self) -> None:
@@ -187,10 +195,17 @@ class Document:
         return mimebundle(repr(self), panel(repr(self)[1:-1], usage), include, exclude)
 
 
+def _is_file(text: str) -> bool:
+    """True when a string is the name of an existing file, rather than the text itself."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than a name can be, or with a character no name has
+        return False
+
+
 def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
     """Return the text and a name for it."""
-    is_path = isinstance(source, os.PathLike)
-    if not is_path and (len(source) > 4096 or "\n" in source or not Path(source).is_file()):
+    if isinstance(source, str) and not _is_file(source):
         return source, " ".join(source.split()[:6])[:48]
     path = Path(source)
     try:

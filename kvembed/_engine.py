@@ -11,7 +11,6 @@ call that reuses up to a block edge runs the very same forwards and gets the ver
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,25 +18,26 @@ import torch
 
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
-from kvembed._keys import PROBE_TOKENS, block_key, chain_keys, root_key
+from kvembed._keys import PROBE_TOKENS, as_token_ids, block_key, root_key
 from kvembed._live import LivePool, LiveSequence
-from kvembed._matching import Match, exact_run
+from kvembed._matching import Matcher, exact_run, is_takeover
 from kvembed._memory import HostPool
 from kvembed._restore import Piece, Restore
+from kvembed._states import Snapshots
 from kvembed._wrapped import WrappedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvembed._cachespec import CacheSpec
     from kvembed._fingerprint import Fingerprint
     from kvembed._keys import TokenIds
-    from kvembed._store import KVStore, StoredBlock
+    from kvembed._matching import Match
+    from kvembed._store import KVStore
 
 __all__ = ["Engine"]
 
 _MOST_PREPARED_BYTES = 512 << 20
-_WORTH_RESTORING = 64
-"""Tokens a stored prefix must be ahead of a live one before all of it is restored in its place."""
 
 
 class Engine:
@@ -89,7 +89,7 @@ class Engine:
         return self.wrapped.fingerprint
 
     @property
-    def spec(self) -> hf.CacheSpec:
+    def spec(self) -> CacheSpec:
         """Shape of the cache of a model that is served."""
         assert self.wrapped.spec is not None
         return self.wrapped.spec
@@ -110,37 +110,13 @@ class Engine:
 
     def match(self, ids: TokenIds, *, deterministic: bool) -> Match:
         """Find the longest usable prefix of ``ids``; at least one token is left to compute."""
-        began = time.perf_counter()
-        size = self.block_size
-        wanted = ids[:-1]
-        live, live_tokens = self.live.best(self.root, wanted, exact_only=deterministic, block_size=size)
-        keys = chain_keys(self.root, wanted, size)
-        blocks: list[StoredBlock] = []
-        tail = None
-        if live_tokens < len(wanted):
-            blocks = self.store.lookup(keys, exact_only=deterministic)
-            rest = wanted[len(blocks) * size :]
-            if not deterministic and len(rest) >= PROBE_TOKENS and len(blocks) * size + len(rest) > live_tokens:
-                tail = self.store.find_tail(keys[len(blocks) - 1] if blocks else self.root, rest)
-        stored_tokens = len(blocks) * size + (tail[1] if tail else 0)
-        gain = stored_tokens - live_tokens
-        if live is None or gain <= 0:
-            blocks, tail = (blocks, tail) if live is None else ([], None)
-        elif self._is_takeover(live, live_tokens) and self.spec.extendable:
-            # What is live stays where it is; only the blocks after it are read.
-            live_tokens = live_tokens // size * size
-            blocks = blocks[live_tokens // size :]
-        elif gain >= _WORTH_RESTORING:
-            live, live_tokens = None, 0
-        else:
-            blocks, tail = [], None
-        seconds = time.perf_counter() - began
-        return Match(self.root, keys, live, live_tokens, blocks, tail, size, self._live_tier, seconds)
+        matcher = Matcher(self.store, self.live, self._live_tier)
+        stepwise = self.wrapped.stepwise
+        return matcher.match(self.root, self.spec, self._snapshots, ids, deterministic=deterministic, stepwise=stepwise)
 
-    @staticmethod
-    def _is_takeover(live: LiveSequence, live_tokens: int) -> bool:
-        """True when a call takes the live cache itself; otherwise it gets a copy of the part it shares."""
-        return 2 * live_tokens >= len(live.ids)
+    @property
+    def _snapshots(self) -> Snapshots:
+        return Snapshots(self.store, self.spec, self.fingerprint.digest)
 
     @property
     def _live_tier(self) -> str:
@@ -161,9 +137,13 @@ class Engine:
             sequence = self._open_live(match, ids, capacity)
             tiers = {self._live_tier: match.live_tokens} if match.live_tokens else {}
         else:
-            sequence = LiveSequence(self._new_cache(capacity), self.root, ids[:0])
+            sequence = self._new_sequence(capacity)
             tiers = {}
         pieces, stored_tiers = self._open_pieces(match, ids)
+        if match.snapshot is not None and not self._load_state(match, sequence, pieces):
+            for piece in pieces:
+                piece.source.close()
+            return self._new_sequence(capacity), None, {}
         if not pieces:
             return sequence, None, tiers
         exact_before = sequence.exact == match.live_tokens
@@ -175,18 +155,31 @@ class Engine:
         if exact_before:
             run = min(exact_run(match.blocks), full - match.live_tokens // self.block_size)
             sequence.exact = match.live_tokens + self.block_size * run
+        if match.snapshot is not None and not match.snapshot.info.exact:
+            sequence.exact = min(sequence.exact, (length - 1) // self.block_size * self.block_size)
         sequence.keys = match.keys[:full]
         restore.start()
         return sequence, restore, {**tiers, **stored_tiers}
 
     def _new_cache(self, capacity: int) -> Any:
-        return self.spec.new_cache(self.model.config, capacity, self._pool)
+        return hf.new_cache(self.spec, self.model.config, capacity, self._pool)
+
+    def _new_sequence(self, capacity: int) -> LiveSequence:
+        none = as_token_ids([])
+        return LiveSequence(self._new_cache(capacity), self.root, none, has_state=self.spec.has_state)
+
+    def _load_state(self, match: Match, sequence: LiveSequence, pieces: list[Piece]) -> bool:
+        """Bring back the state at the end of ``pieces``; False when that is impossible."""
+        if sum(piece.n_tokens for piece in pieces) != match.tokens or match.snapshot is None:
+            return False  # some block was gone or bad: the state belongs to a longer prefix
+        sequence.snapshot_at = match.tokens
+        return self._snapshots.load(sequence.cache, match.snapshot)
 
     def _open_live(self, match: Match, ids: TokenIds, capacity: int) -> LiveSequence:
         live = match.live
         assert live is not None
         n = match.live_tokens
-        if self._is_takeover(live, n):
+        if is_takeover(live, n):
             # Most of it is wanted again: take it over. What is cut off is in blocks already.
             self.live.take(live)
             live.cut(n, self.block_size)
@@ -221,7 +214,7 @@ class Engine:
         sequence: LiveSequence,
         ids: TokenIds,
         *,
-        whole: bool = False,
+        upto: int | None = None,
         on_progress: Callable[[int, int], object] | None = None,
         put: Callable[[LiveSequence], object] | None = None,
     ) -> None:
@@ -230,40 +223,55 @@ class Engine:
         Args:
             sequence: Holds a prefix of ``ids``; grows with every step.
             ids: The prompt.
-            whole: Compute all of it (a document), rather than leave the last piece to ``generate()``.
+            upto: Compute exactly so many tokens. By default the last piece, which may be shorter than a block, is
+                left to ``generate()``, which has to run a forward anyway.
             on_progress: Called with (tokens done, tokens in all) after each step.
             put: Called after each step to store what is finished.
         """
         size, n = self.block_size, len(ids)
         device = self.model.get_input_embeddings().weight.device
         tensor = torch.from_numpy(ids.astype(np.int64))[None].to(device)
-        last = n if whole else n - 1
+        if upto is None and self.spec.has_state:
+            upto = n - 1  # so that a snapshot is taken at the prompt's end
+        last = n - 1 if upto is None else upto
         while (position := len(sequence.ids)) < last:
-            edge = (position // size + 1) * size
-            exact = sequence.exact == position
-            if edge > last:
-                if not whole:
-                    break
-                edge = last
-            elif not exact and not whole and n - position <= size:
-                break  # off the grid anyway: one forward for the rest is cheaper than two
-            elif not exact and edge - position < size // 4 and edge + size <= last:
-                edge += size  # likewise: no forward for a few tokens
-            self.wrapped.forward(tensor[:, position:edge], position, sequence.cache, logits=False)
+            exact = sequence.exact == position and not self.wrapped.stepwise
+            edge = self._next_edge(position, last, n, exact, upto is not None)
+            if edge is None:
+                break
+            self.wrapped.forward(tensor[:, position:edge], position, sequence.cache, logits=0)
             sequence.ids = ids[:edge]
             if exact and edge % size == 0:
                 sequence.exact = edge
             if put is not None:
                 put(sequence)
+                if sequence.has_state and edge % size == 0 and edge < last < edge + size:
+                    self._snapshots.put(sequence, self._prefix_key(sequence))  # the last one at an edge
             if on_progress is not None:
                 on_progress(edge, n)
 
-    def settle(self, sequence: LiveSequence, ids: TokenIds) -> bool:
+    def _next_edge(self, position: int, last: int, n: int, exact: bool, whole: bool) -> int | None:
+        """Return where the next step ends, or None to leave the rest to transformers."""
+        size = self.block_size
+        if self.wrapped.stepwise:
+            # One forward from the start is right, and so is one token at a time; several on top of others are not.
+            return last if position == 0 else position + 1
+        edge = (position // size + 1) * size
+        if edge > last:
+            return last if whole else None
+        if not exact and not whole and n - position <= size:
+            return None  # off the grid anyway: one forward for the rest is cheaper than two
+        if not exact and edge - position < size // 4 and edge + size <= last:
+            edge += size  # likewise: no forward for a few tokens
+        return edge
+
+    def settle(self, sequence: LiveSequence, ids: TokenIds, *, fed: int | None) -> bool:
         """Make the sequence agree with its cache after a forward ended, or broke off.
 
         Args:
             sequence: The sequence whose cache transformers appended to.
             ids: All ids that may have been fed: prompt and generated tokens.
+            fed: How many of them were, or None when a forward may have broken off half-way.
 
         Returns:
             False when the cache is no longer ours to keep.
@@ -271,8 +279,11 @@ class Engine:
         layers = hf.layers_of(sequence.cache)
         if not all(layer.attached for layer in layers):
             return False
-        length = min(layer.get_seq_length() for layer in layers)
-        if length > len(ids) or length < len(sequence.ids):
+        if sequence.has_state and fed is None:
+            return False  # rows can be cut back, states cannot
+        # Without rows nothing but the caller counts tokens.
+        length = min((layer.get_seq_length() for layer in layers), default=fed or 0)
+        if length > len(ids) or length < len(sequence.ids) or (sequence.has_state and length != fed):
             return False
         hf.truncate(sequence.cache, length)
         sequence.ids = ids[:length]
@@ -281,7 +292,10 @@ class Engine:
     # --- blocks ----------------------------------------------------------------------------------------
 
     def capture(self, sequence: LiveSequence, *, tail: bool) -> int:
-        """Store the finished full blocks of a sequence, and its tail; return the tokens newly stored."""
+        """Store the finished full blocks of a sequence, and its tail; return the tokens newly stored.
+
+        With ``tail`` the state at the end of the sequence is stored too, otherwise now and then.
+        """
         size, ids = self.block_size, sequence.ids
         stored = 0
         while sequence.captured + size <= len(ids):
@@ -296,7 +310,16 @@ class Engine:
             known = self.store.find_tail(parent, rest)
             if known is None or known[1] < len(rest):
                 stored += self._put(sequence, sequence.captured, len(ids), False)
+        if sequence.has_state and len(ids) > sequence.snapshot_at and (tail or self._snapshots.due(sequence)):
+            self._snapshots.put(sequence, self._prefix_key(sequence))
         return stored
+
+    def _prefix_key(self, sequence: LiveSequence) -> bytes:
+        """Return the key that names all tokens of a sequence."""
+        start = len(sequence.ids) // self.block_size * self.block_size
+        parent = self._parent(sequence, start)
+        rest = sequence.ids[start:]
+        return block_key(parent, np.ascontiguousarray(rest)) if len(rest) else parent
 
     def _parent(self, sequence: LiveSequence, start: int) -> bytes:
         size = self.block_size

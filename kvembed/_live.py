@@ -36,6 +36,9 @@ class LiveSequence:
         ids: Token ids whose KV the cache holds.
         exact: Leading tokens whose KV is bit for bit that of a cold grid prefill; a multiple of the block size.
         captured: Leading tokens that are in stored blocks; a multiple of the block size.
+        keys: Keys of its leading full blocks, as far as they were needed.
+        has_state: True when some layer holds a state: then it is good at its very end only.
+        snapshot_at: Where a snapshot of that state was stored last.
     """
 
     cache: Any
@@ -44,6 +47,8 @@ class LiveSequence:
     exact: int = 0
     captured: int = 0
     keys: list[bytes] = field(default_factory=list)
+    has_state: bool = False
+    snapshot_at: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +66,10 @@ class LiveSequence:
 
     def can_keep(self, length: int, block_size: int) -> bool:
         """True when every layer still holds what ``length`` tokens need."""
+        if self.has_state and length != len(self.ids):
+            return False
         whole_from = length // block_size * block_size
-        return all(layer.can_keep(length, whole_from) for layer in self.cache.layers)
+        return all(layer.can_keep(length, whole_from) for layer in hf.layers_of(self.cache))
 
 
 class LivePool:

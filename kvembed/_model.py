@@ -186,6 +186,7 @@ class CachedModel:
         name: str | None = None,
         system: str | None = None,
         pin: bool = False,
+        prefill: bool = True,
         progress: Progress | None = None,
     ) -> Document:
         """Prefill a text once, to ask many questions about it.
@@ -195,12 +196,13 @@ class CachedModel:
             name: What to call it; by default the file's name, or its first words.
             system: System message placed before it, where the chat template has one.
             pin: Keep its blocks when others are evicted.
+            prefill: Compute and store its KV now; False leaves that to the first question.
             progress: See `CachedModel`; by default this model's own.
 
         Raises:
             PromptError: The document is empty or does not fit the model's context.
         """
-        return Document.prepare(self, text, name=name, system=system, pin=pin, progress=progress)
+        return Document.prepare(self, text, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
 
     def prefill(self, prompt: Any, *, progress: Progress | None = None) -> Usage:
         """Compute and store the KV of a whole prompt without generating anything.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from kvembed._keys import TokenIds
 
-__all__ = ["as_prompt", "check_prompt", "context_length", "encode", "split_chat"]
+__all__ = ["as_prompt", "check_prompt", "context_length", "encode", "split_chat", "tokenize"]
 
 _MARK = "\u241fQUESTION\u241f"
 
@@ -33,14 +33,14 @@ def encode(tokenizer: Any, prompt: Any) -> TokenIds:
         ConfigError: Text without a tokenizer, or messages without a chat template.
     """
     if isinstance(prompt, str):
-        return as_token_ids(_need(tokenizer, "text")(prompt)["input_ids"])
+        return tokenize(_need(tokenizer, "text"), prompt, special=True)
     if isinstance(prompt, Mapping):
         prompt = prompt["input_ids"]
     if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
         if not getattr(_need(tokenizer, "messages"), "chat_template", None):
             raise ConfigError("the tokenizer has no chat template: pass text, or set tokenizer.chat_template")
         text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        return as_token_ids(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tokenize(tokenizer, text, special=False)
     detach = getattr(prompt, "detach", None)
     ids = np.asarray(prompt if detach is None else detach().cpu().numpy())
     if ids.size == 0:
@@ -51,6 +51,12 @@ def encode(tokenizer: Any, prompt: Any) -> TokenIds:
             f"got {type(prompt).__name__} of shape {ids.shape}"
         )
     return as_token_ids(ids)
+
+
+def tokenize(tokenizer: Any, text: str, *, special: bool) -> TokenIds:
+    """Return the ids of a text, with or without the tokenizer's special tokens."""
+    # verbose: transformers logs that a text is longer than the model's context; here that is an error with advice.
+    return as_token_ids(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def as_prompt(model: Any, ids: TokenIds) -> torch.Tensor:

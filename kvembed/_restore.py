@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvembed import hf
 from kvembed._errors import KVEmbedError
 
 if TYPE_CHECKING:
@@ -63,13 +64,13 @@ class Restore:
     """
 
     def __init__(self, cache: Any, pieces: Sequence[Piece], block_size: int) -> None:
-        self._cache = cache
+        self._layers = hf.layers_of(cache)
         self._pieces = list(pieces)
         self._length = self._pieces[-1].end
         self._firsts = [
-            layer.begin_restore(self._length, self._length // block_size * block_size) for layer in cache.layers
+            layer.begin_restore(self._length, self._length // block_size * block_size) for layer in self._layers
         ]
-        self._ready = [threading.Event() for _ in cache.layers]
+        self._ready = [threading.Event() for _ in self._layers]
         self._lock = threading.Lock()
         self._next = 0
         self._error: RestoreError | None = None
@@ -85,7 +86,7 @@ class Restore:
 
     def start(self) -> None:
         """Begin reading; small restores finish here, larger ones in the background."""
-        for layer in self._cache.layers:
+        for layer in self._layers:
             layer.hold(self)
         nbytes = sum(p.source.layout.nbytes(p.n_tokens) for p in self._pieces)
         if nbytes <= _INLINE_BYTES:
@@ -98,7 +99,7 @@ class Restore:
             thread.start()
 
     def _read_layers(self) -> None:
-        layers = self._cache.layers
+        layers = self._layers
         while True:
             with self._lock:
                 index, self._next = self._next, self._next + 1
@@ -108,7 +109,7 @@ class Restore:
         self.seconds = max(self.seconds, time.perf_counter() - self._began)
 
     def _read_layer(self, index: int) -> None:
-        layer, first = self._cache.layers[index], self._firsts[index]
+        layer, first = self._layers[index], self._firsts[index]
         try:
             for piece in self._pieces:
                 start = max(piece.start, first)
@@ -149,7 +150,7 @@ class Restore:
     def cancel(self) -> None:
         """Stop reading (the call is being abandoned) and release the blocks."""
         with self._lock:
-            self._next = len(self._cache.layers)
+            self._next = len(self._layers)
         for thread in self._threads:
             thread.join()
         self.close()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvembed import hf
-from kvembed._bypass import bypass_reason, generation_value, input_ids_of
-from kvembed._call import PromptOnceStreamer, Watch, with_watch
+from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted
+from kvembed._call import PromptOnceStreamer, Watch, sliced_first_step, with_watch
 from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
 from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
@@ -76,6 +76,7 @@ class _Attempt:
     tiers: dict[str, int]
     why: str | None = None
     stored: int = 0
+    copies: int = 1
 
 
 def _sequence_of(result: Any) -> TokenIds:
@@ -141,18 +142,13 @@ class Runner:
         watch = Watch(request.cancel)
         result = None
         try:
-            self._prefill(attempt, request.progress, whole=False)
-            arguments = {
-                **request.kwargs,
-                "stopping_criteria": with_watch(request.kwargs.get("stopping_criteria"), watch),
-            }
-            with engine.wrapped.switch.active():
-                result = self._model.generate(
-                    request.inputs,
-                    generation_config=request.generation_config,
-                    past_key_values=attempt.sequence.cache,
-                    **arguments,
-                )
+            attempt.copies = copies_of_prompt(self._model, request.generation_config, request.kwargs)
+            # A cache that is about to be repeated for beams can be captured only before.
+            self._prefill(attempt, request.progress, upto=len(ids) - 1 if attempt.copies > 1 else None)
+            if attempt.copies > 1:
+                self._end_restore(attempt)
+                hf.expand(attempt.sequence.cache, attempt.copies)
+            result = self._hand_over(request, attempt, watch)
             self._end_restore(attempt)
         except RestoreError:
             attempt.sequence.ids = ids[:0]  # its rows were never filled: nothing of this cache may be kept
@@ -164,18 +160,38 @@ class Runner:
         self._report_problems()
         return result, usage
 
+    def _hand_over(self, request: Request, attempt: _Attempt, watch: Watch) -> Any:
+        """Let transformers generate from the filled cache."""
+        wrapped = self.engine.wrapped
+        arguments = {
+            **request.kwargs,
+            "stopping_criteria": with_watch(request.kwargs.get("stopping_criteria"), watch),
+            wrapped.cache_name: attempt.sequence.cache,
+        }
+        held = len(attempt.sequence.ids)
+        feeds_all = wrapped.cache_name != "past_key_values" or is_assisted(
+            self._model, request.generation_config, request.kwargs
+        )
+        slicing = sliced_first_step(self._model, held) if held and feeds_all else contextlib.nullcontext()
+        with wrapped.switch.active(), slicing:
+            return self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
+
     def _begin(self, ids: TokenIds, wanted: TokenIds, deterministic: bool, room: int) -> _Attempt:
         match = self.engine.match(wanted, deterministic=deterministic)
         sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room)
         return _Attempt(ids, match, sequence, restore, tiers)
 
-    def _prefill(self, attempt: _Attempt, progress: Progress, *, whole: bool) -> None:
+    def _prefill(self, attempt: _Attempt, progress: Progress, *, upto: int | None) -> None:
         def put(sequence: LiveSequence) -> None:
             with contextlib.suppress(StoreClosedError):
                 attempt.stored += self.engine.capture(sequence, tail=False)
 
         with prefill_progress(progress, len(attempt.sequence.ids), len(attempt.ids)) as on_progress:
-            self.engine.prefill(attempt.sequence, attempt.ids, whole=whole, on_progress=on_progress, put=put)
+            self.engine.prefill(attempt.sequence, attempt.ids, upto=upto, on_progress=on_progress, put=put)
+        if attempt.sequence.has_state or attempt.copies > 1:
+            # What comes next changes the state, or takes the cache away.
+            with contextlib.suppress(StoreClosedError):
+                attempt.stored += self.engine.capture(attempt.sequence, tail=True)
 
     def _end_restore(self, attempt: _Attempt) -> None:
         if attempt.restore is not None:
@@ -189,7 +205,7 @@ class Runner:
             new = max(20, (total or 0) - prompt_tokens)
         return min(int(new), _MOST_NEW_TOKENS)
 
-    def _keep(self, attempt: _Attempt, watch: Watch, result: Any) -> None:
+    def _keep(self, attempt: _Attempt, watch: Watch, result: Any, fed: int | None = None) -> None:
         """Store what the call has learned, also when it broke off; keep its cache live unless it was given away."""
         sequence, restore = attempt.sequence, attempt.restore
         if restore is not None:
@@ -199,9 +215,10 @@ class Runner:
         seen = attempt.ids
         if result is not None:
             seen = _sequence_of(result)
+            fed = len(seen) - 1  # the last token was made, not fed
         elif watch.last is not None:
             seen = as_token_ids(watch.last[0].cpu().numpy())
-        ours = self.engine.settle(sequence, seen)
+        ours = attempt.copies == 1 and self.engine.settle(sequence, seen, fed=fed)
         if ours:
             with contextlib.suppress(StoreClosedError):
                 attempt.stored += self.engine.capture(sequence, tail=True)
@@ -232,14 +249,16 @@ class Runner:
         # One id more than there is: a match leaves the last token to be computed, and here none need be.
         wanted = ids[:1] if cold else as_token_ids([*ids.tolist(), 0])
         attempt = self._begin(ids, wanted, deterministic, 2 * self.engine.block_size)
+        fed = None
         try:
-            self._prefill(attempt, progress, whole=True)
+            self._prefill(attempt, progress, upto=len(ids))
             self._end_restore(attempt)
+            fed = len(ids)
         except RestoreError:
             attempt.sequence.ids = ids[:0]
             raise
         finally:
-            self._keep(attempt, Watch(), None)
+            self._keep(attempt, Watch(), None, fed)
         total = time.perf_counter() - began
         computed = len(ids) - sum(attempt.tiers.values())
         rate = self._rate(computed, total, attempt.restore)

@@ -185,6 +185,19 @@ class KVStore(StoreAdmin):
             result.append(StoredBlock(found, "disk"))
         return result
 
+    def known(self, keys: Sequence[bytes]) -> list[StoredBlock | None]:
+        """Return, for each key, the stored block, or None when there is none."""
+        self._enter()
+        keys = list(keys)
+        here = self._cpu.contains(keys) if self._cpu is not None else [None] * len(keys)
+        result = [None if info is None else StoredBlock(info, "cpu") for info in here]
+        missing = [i for i, stored in enumerate(result) if stored is None]
+        if self._disk is not None and missing:
+            with self._quiet("lookup"):
+                for i, info in zip(missing, self._disk.contains([keys[i] for i in missing]), strict=True):
+                    result[i] = None if info is None else StoredBlock(info, "disk")
+        return result
+
     def find_tail(self, parent: bytes, ids: TokenIds) -> tuple[StoredBlock, int] | None:
         """Return the block after ``parent`` that shares the most leading tokens with ``ids``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from kvembed._fingerprint import Fingerprint
 from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
 
 if TYPE_CHECKING:
+    from kvembed._cachespec import CacheSpec
     from kvembed._store import KVStore
 
 __all__ = ["WrappedModel"]
@@ -33,6 +35,7 @@ class WrappedModel:
         refusal: Why the model is passed through, or None.
         verdict: What the trial found.
         switch: Puts the grouped attention path under the model while it runs.
+        cache_name: The argument of ``forward()`` and ``generate()`` that takes a cache.
     """
 
     def __init__(self, model: Any, store: KVStore, block_size: int) -> None:
@@ -42,7 +45,7 @@ class WrappedModel:
         self.switch = AttentionSwitch(model)
         self._forward_arguments = self._find_forward_arguments()
         self._headless = False
-        self.spec: hf.CacheSpec | None = None
+        self.spec: CacheSpec | None = None
         self.fingerprint: Fingerprint | None = None
         self.refusal: str | None = None
         self.verdict: OracleVerdict | None = None
@@ -50,6 +53,8 @@ class WrappedModel:
 
     def _find_forward_arguments(self) -> frozenset[str]:
         names = inspect.signature(self.model.forward).parameters
+        # transformers calls the cache of Mamba models by another name.
+        self.cache_name = "cache_params" if "cache_params" in names else "past_key_values"
         return frozenset(n for n in ("position_ids", "logits_to_keep", "attention_mask") if n in names)
 
     def _prepare(self) -> None:
@@ -79,7 +84,7 @@ class WrappedModel:
         first = trial_ids(self.model)[:, :1]
         self._headless = "logits_to_keep" in self._forward_arguments
         try:
-            self.forward(first, 0, cache, switch=False, logits=False)
+            self.forward(first, 0, cache, switch=False, logits=0)
         except Exception:  # a model that takes only a number there, or that fails anyhow: the next line tells
             self._headless = False
             cache = hf.new_stock_cache(self.model.config)
@@ -92,21 +97,24 @@ class WrappedModel:
         digest = self.fingerprint.digest
         self._store.register_namespace(digest, dict(self.fingerprint.fields))
         noted = self._store.get_note(digest, "oracle")
-        if isinstance(noted, dict):
-            self.verdict = OracleVerdict(noted["reason"], noted["grouped_attention"], noted["relative_error"])
+        if isinstance(noted, dict) and set(noted) == {f.name for f in fields(OracleVerdict)}:
+            self.verdict = OracleVerdict(**noted)
             self.switch.enabled = self.verdict.grouped_attention
         else:
             self.switch.enabled = True
             try:
-                self.verdict = run_oracle(
-                    self.model, self.spec, self.switch, lambda ids, start, cache: self._logits(ids, start, cache)
-                )
+                self.verdict = run_oracle(self.model, self.spec, self.switch, self._logits)
             except Exception as error:
                 # An answer for now. It is not kept: memory may have been short, or a library half installed.
                 self.verdict = OracleVerdict(f"the trial failed ({type(error).__name__}: {error})", False, float("inf"))
             else:
                 self._store.set_note(digest, "oracle", vars(self.verdict))
         self.refusal = self.verdict.reason
+
+    @property
+    def stepwise(self) -> bool:
+        """True when a prefix can only be continued one token at a time."""
+        return self.verdict is not None and self.verdict.stepwise
 
     @property
     def prefill_rate(self) -> float | None:
@@ -152,7 +160,7 @@ class WrappedModel:
         self._prepare()
         return True
 
-    def forward(self, ids: torch.Tensor, start: int, cache: Any, *, switch: bool = True, logits: bool = True) -> Any:
+    def forward(self, ids: torch.Tensor, start: int, cache: Any, *, switch: bool = True, logits: int = 1) -> Any:
         """Run tokens ``[1, n]`` from position ``start`` on, appending to ``cache``.
 
         Args:
@@ -160,20 +168,21 @@ class WrappedModel:
             start: Position of the first one.
             cache: Holds the tokens before it.
             switch: Use the grouped attention path (when it is enabled).
-            logits: Compute those of the last token; a prefill needs none, and the head of a small model with a
-                large vocabulary is a fifth of its weights.
+            logits: Compute those of so many last tokens, where the model can be told. A prefill needs none, and the
+                head of a small model with a large vocabulary is a fifth of its weights.
         """
-        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+        arguments: dict[str, Any] = {self.cache_name: cache, "use_cache": True, "return_dict": True}
         if "position_ids" in self._forward_arguments:
             arguments["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         if "logits_to_keep" in self._forward_arguments:
-            arguments["logits_to_keep"] = 1 if logits or not self._headless else torch.empty(0, dtype=torch.long)
+            none = torch.empty(0, dtype=torch.long) if self._headless else 1
+            arguments["logits_to_keep"] = logits or none
         with torch.no_grad():
             if switch:
                 with self.switch.active():
                     return self.model(input_ids=ids, **arguments)
             return self.model(input_ids=ids, **arguments)
 
-    def _logits(self, ids: torch.Tensor, start: int, cache: Any) -> torch.Tensor:
+    def _logits(self, ids: torch.Tensor, start: int, cache: Any, last: int) -> torch.Tensor:
         # The oracle decides itself when the grouped path is on.
-        return self.forward(ids, start, cache, switch=False).logits[:, -1].float()
+        return self.forward(ids, start, cache, switch=False, logits=last).logits[:, -last:].float()

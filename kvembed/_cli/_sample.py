@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvembed._errors import ConfigError
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvembed._document import Document
     from kvembed._model import CachedModel
 
-__all__ = ["QUESTIONS", "Plain", "plain_generate", "reference_text", "trim_to_tokens", "unprepared_document"]
+__all__ = ["QUESTIONS", "Plain", "plain_generate", "reference_text", "trim_to_tokens"]
 
 # The statements the questions are about come first, so that a short document answers them too.
 _FIRST = ("assert", "pass", "lambda", "while", "with", "for", "try", "break", "continue", "global", "return")
@@ -57,20 +54,6 @@ def trim_to_tokens(tokenizer: Any, text: str, tokens: int) -> str:
     cut = text[: len(cut)]
     line = cut.rfind("\n")
     return cut[:line] if line > max(0, len(cut) - 400) else cut
-
-
-def unprepared_document(model: CachedModel, text: str) -> Document:
-    """Return a document of which nothing was prefilled: its first question is a cold call."""
-    from kvembed._document import Document
-    from kvembed._keys import as_token_ids
-    from kvembed._prompt import split_chat
-    from kvembed._usage import Usage
-
-    if model.tokenizer is None:  # pragma: no cover
-        raise ConfigError("this model has no tokenizer")
-    before, after, has_special = split_chat(model.tokenizer, text, None)
-    ids = as_token_ids(model.tokenizer(before, add_special_tokens=not has_special)["input_ids"])
-    return Document(model, "sample", ids, after, Usage())
 
 
 def plain_generate(model: CachedModel, prompt_ids: Sequence[int], max_new_tokens: int) -> Plain:

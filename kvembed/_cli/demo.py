@@ -171,7 +171,7 @@ def run_demo(plan: Plan, steps: Steps) -> tuple[list[Row], dict[str, Any]]:
         KVEmbedError: The model cannot be loaded or is not supported, or the new process failed.
     """
     from kvembed import KVStore
-    from kvembed._cli._sample import plain_generate, reference_text, trim_to_tokens, unprepared_document
+    from kvembed._cli._sample import plain_generate, reference_text, trim_to_tokens
 
     began = time.perf_counter()
     rows: list[Row] = []
@@ -181,7 +181,7 @@ def run_demo(plan: Plan, steps: Steps) -> tuple[list[Row], dict[str, Any]]:
         model, load_s = _load(plan, store, steps)
         with model:
             text = trim_to_tokens(model.tokenizer, reference_text(), plan.tokens)
-            document = unprepared_document(model, text)
+            document = model.document(text, name="Python language reference", prefill=False)
             # Whoever comes first would pay for torch's own first-call work.
             plain_generate(model, document.prefix_ids[:16].tolist(), 2)
             for number, question in enumerate(here, start=1):
@@ -275,13 +275,12 @@ def _child() -> None:
     # Libraries that print must not get into the result.
     with contextlib.redirect_stdout(sys.stderr):
         from kvembed import KVStore
-        from kvembed._cli._sample import unprepared_document
 
         answers: list[dict[str, Any]] = []
         with KVStore(plan.store) as store:
             model, load_s = _load(plan, store, Steps(quiet=True))
             with model:
-                document = unprepared_document(model, text)
+                document = model.document(text, name="Python language reference", prefill=False)
                 for question in plan.questions:
                     answer = document.ask(question, max_new_tokens=plan.max_new_tokens)
                     data = {"token_ids": answer.token_ids.tolist(), "text": answer.text}

@@ -12,8 +12,6 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -66,13 +64,8 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mask": ("attention_mask hides tokens", {"attention_mask": HALF_MASK}),
-    "beams": ("num_beams=3", {"num_beams": 3}),
-    "several sequences": ("num_return_sequences=2", {"num_return_sequences": 2, "do_sample": True}),
-    "prompt lookup": ("prompt_lookup_num_tokens", {"prompt_lookup_num_tokens": 2}),
-    "guidance": ("guidance_scale=1.5", {"guidance_scale": 1.5}),
     "attentions": ("output_attentions", {"output_attentions": True, "return_dict_in_generate": True}),
     "hidden states": ("output_hidden_states", {"output_hidden_states": True, "return_dict_in_generate": True}),
-    "chunked prefill": ("prefill_chunk_size", {"prefill_chunk_size": 16}),
     "position ids": ("argument 'position_ids'", {"position_ids": torch.arange(PROMPT.shape[1])[None]}),
 }
 
@@ -94,8 +87,8 @@ def test_calls(lab: Lab, makers: dict[str, Callable[..., Any]], name: str) -> No
 
 def test_settings_in_a_generation_config_count_too(lab: Lab, llama: Any) -> None:
     cached = lab.wrap(llama)
-    config = GenerationConfig(num_beams=2, max_new_tokens=4, pad_token_id=256)
-    check_bypass(cached, "num_beams=2", PROMPT, config, attention_mask=MASK)
+    config = GenerationConfig(use_cache=False, max_new_tokens=4, pad_token_id=256)
+    check_bypass(cached, "use_cache=False", PROMPT, config, attention_mask=MASK)
 
 
 def test_settings_of_the_models_own_config_count_too(lab: Lab, makers: dict[str, Callable[..., Any]]) -> None:
@@ -107,19 +100,6 @@ def test_settings_of_the_models_own_config_count_too(lab: Lab, makers: dict[str,
 def test_embeddings(lab: Lab, llama: Any) -> None:
     embeddings = llama.get_input_embeddings()(PROMPT).detach()
     check_bypass(lab.wrap(llama), "inputs_embeds", inputs_embeds=embeddings, attention_mask=MASK, max_new_tokens=4)
-
-
-def test_an_assistant(lab: Lab, llama: Any, makers: dict[str, Callable[..., Any]]) -> None:
-    assistant = makers["llama"](seed=1, num_hidden_layers=1)
-    check_bypass(
-        lab.wrap(llama),
-        "assistant_model",
-        PROMPT,
-        attention_mask=MASK,
-        max_new_tokens=6,
-        do_sample=False,
-        assistant_model=assistant,
-    )
 
 
 def test_a_cache_of_the_callers(lab: Lab, llama: Any) -> None:
@@ -228,13 +208,6 @@ def test_an_encoder_decoder(lab: Lab) -> None:
     check_unsupported(cached, "encoder-decoder")
     assert cached.usage.prompt_tokens == PROMPT.shape[1]
     assert cached.usage.completion_tokens == 6
-
-
-def test_a_recurrent_model(lab: Lab) -> None:
-    config = MambaConfig(
-        vocab_size=272, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=256, eos_token_id=None
-    )
-    check_unsupported(lab.wrap(MambaForCausalLM(config).eval()), "LinearAttentionLayer")
 
 
 def test_documents_of_a_model_that_is_not_served(lab: Lab, tiny_tokenizer: Any) -> None:

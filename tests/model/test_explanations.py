@@ -101,6 +101,7 @@ def test_evicted(lab: Lab, llama: Any, tiny_tokenizer: PreTrainedTokenizerFast) 
     store = lab.store(max_cpu_bytes=None, max_disk_bytes=200 << 10)
     cached = lab.wrap(llama, store, tokenizer=tiny_tokenizer, max_live=0)
     cached.prefill(TEXT)
+    store.flush()
     assert cached.explain(TEXT).kind == "hit"
     for seed in range(4):
         run(cached, random_ids(100, seed=seed), 2)

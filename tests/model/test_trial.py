@@ -100,7 +100,7 @@ BROKEN = {
     KeepsTheLastForward: "continuing in blocks gives other logits",
     FillsTheCacheTwice: "continuing in blocks gives other logits",
     RefusesSeveralTokens: "the trial failed (ValueError: one token at a time",
-    TakesNoCache: "keeps no keys and values",
+    TakesNoCache: "filled no cache layer",
 }
 
 

@@ -1,0 +1,53 @@
+"""The only package that touches ``transformers.cache_utils``: our cache layers, and caches made of them.
+
+transformers builds a `DynamicCache` whose layers grow by concatenation: every decoded token copies all KV of
+all layers. Ours are allocated once for the whole call, append in place and return views. The object handed to
+``generate()`` is exactly a `DynamicCache`; only its ``layers`` are ours, because code in transformers tests the
+type of the cache but only calls the layers. A layer without keys and values of its own stays a stock one.
+
+Bytes move between blocks and layers after a forward, never inside ``update()``: a cache half-way through a forward
+is torn. Version differences of transformers end here too.
+"""
+
+from __future__ import annotations
+
+from kvembed.hf._caches import (
+    cache_nbytes,
+    capture,
+    capture_states,
+    common_length,
+    copy_prefix,
+    expand,
+    export_cache,
+    layers_of,
+    load_states,
+    new_cache,
+    new_stock_cache,
+    probe_cache_spec,
+    state_tensors,
+    states_nbytes,
+    truncate,
+)
+from kvembed.hf._layers import FullLayer, HybridLayer, HybridSlidingLayer, SlidingLayer
+
+__all__ = [
+    "FullLayer",
+    "HybridLayer",
+    "HybridSlidingLayer",
+    "SlidingLayer",
+    "cache_nbytes",
+    "capture",
+    "capture_states",
+    "common_length",
+    "copy_prefix",
+    "expand",
+    "export_cache",
+    "layers_of",
+    "load_states",
+    "new_cache",
+    "new_stock_cache",
+    "probe_cache_spec",
+    "state_tensors",
+    "states_nbytes",
+    "truncate",
+]

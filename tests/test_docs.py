@@ -1,0 +1,99 @@
+"""What README and docs say is true: snippets run, commands exist, modules and links are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvembed
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def fences(text: str) -> list[tuple[str, str]]:
+    """Return (language, content) of every fenced block."""
+    return [(m[1], m[2]) for m in _FENCE.finditer(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_docs_compiles(page: Path) -> None:
+    for language, code in fences(page.read_text(encoding="utf-8")):
+        if language == "python":
+            compile(code, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_snippet_is_short() -> None:
+    (code,) = [code for language, code in fences(README) if language == "python"]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+
+
+def _without_times(text: str) -> str:
+    """Seconds and speeds differ between machines; tokens do not."""
+    text = re.sub(r"\d[\d.,]* ?(ms|s|min|tok/s)\b", "TIME", text)
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_readme_snippet_prints_what_the_readme_shows(smollm2: Path, tmp_path: Path) -> None:
+    blocks = fences(README)
+    at = next(i for i, (language, _) in enumerate(blocks) if language == "python")
+    shown = blocks[at + 1][1]
+    environment = {**os.environ, "KVEMBED_HOME": str(tmp_path), "KVEMBED_CACHE_DIR": str(tmp_path / "cache")}
+    run = [
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", blocks[at][1]],
+            cwd=tmp_path,
+            env={**environment, "KVEMBED_MODELS_DIR": str(smollm2.parent)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    # README shows the second run: a new process, served from disk.
+    assert _without_times(run[1]) == _without_times(shown)
+    assert run[0].splitlines()[0] == run[1].splitlines()[0]
+
+
+def test_make_commands_in_the_readme_exist() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"\bmake (\w+)", README)
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_subcommands_in_the_readme_exist() -> None:
+    done = subprocess.run([sys.executable, "-m", "kvembed", "--help"], capture_output=True, text=True, check=True)
+    (sentence,) = re.findall(r"command line:([^.]+)\.", README)
+    for name in re.findall(r"`([\w-]+)`", sentence):
+        assert re.search(rf"\b{name}\b", done.stdout), name
+
+
+def test_scripts_named_in_the_readme_exist() -> None:
+    for name in set(re.findall(r"benchmarks/[\w./]+\.py", README)):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_design_page_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text[text.index("## Modules") : text.index("## Exactness")]
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", section))
+    package = Path(kvembed.__file__).parent
+    present = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    present |= {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert {name for name in named if name != "_base.py"} == present
