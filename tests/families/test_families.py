@@ -93,7 +93,7 @@ def test_served(name: str, tmp_path: Path) -> None:
             assert _generate(cached, turn) == _generate(model, turn), tier
             usage = cached.usage
             assert set(usage.cached_tokens_by_tier) == {tier}, usage
-            assert usage.cached_tokens == len(expected) - 1, usage
+            assert len(expected) - 1 <= usage.cached_tokens <= len(expected), usage
         # The same prompt again, and one that leaves the first in the middle of a block.
         for tier in ("cpu", "disk"):
             _leave_only(cached, tier)
