@@ -34,19 +34,24 @@ from kvembed._errors import (
 )
 
 if TYPE_CHECKING:
+    from kvembed._attach import attach, attached, detach
     from kvembed._document import Answer, Document
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
+    from kvembed._score import Score
     from kvembed._store import KVStore, StoreStats, VerifyReport
     from kvembed._usage import Usage
 
 __all__ = [
     "__version__",
     "Answer",
+    "attach",
+    "attached",
     "BlockFormatError",
     "CacheBypassWarning",
     "CachedModel",
     "ConfigError",
+    "detach",
     "Document",
     "Explanation",
     "KVEmbedError",
@@ -55,6 +60,7 @@ __all__ = [
     "ModelNotFoundError",
     "PrefixMatch",
     "PromptError",
+    "Score",
     "StoreClosedError",
     "StoreError",
     "StoreFormatError",
@@ -69,6 +75,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "attach": "kvembed._attach",
+    "attached": "kvembed._attach",
+    "detach": "kvembed._attach",
+    "Score": "kvembed._score",
     "Answer": "kvembed._document",
     "CachedModel": "kvembed._model",
     "Document": "kvembed._document",

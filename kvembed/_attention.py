@@ -1,18 +1,27 @@
-"""Grouped-query attention over views, for the wrapped model only.
+"""Grouped-query attention over views, in chunks of a block, for the wrapped model only.
 
 transformers' sdpa path repeats keys and values for every forward with a mask; over views of a preallocated
-cache that repeat is a strided copy and costs more than the attention. torch's ``enable_gqa`` reads each
-key-value head once. On the CPU the bits are the same, which the oracle checks for every model before the path
-is used; elsewhere (a CUDA mask falls back to the slow math kernel) transformers' own function runs.
+cache that repeat is a strided copy and costs more than the attention. Here each key-value head is read once.
 
-The function is registered under a name of its own, which changes nothing for other models, and the config of
-the wrapped model carries that name only while a kvembed call runs.
+Queries are taken in chunks of a block, each with the keys up to its own end. So a forward of four blocks does the
+very same attention calls as four forwards of one, and its keys and values have the same bits where the matrix
+products do (`Engine` checks that before it relies on it); its matrix products are faster, because the weights are
+read once.
+
+In float32, where the mask is plainly causal, a chunk is two calls without any mask, one over the keys before it and one
+over its own square, put together by their log-sum-exps as in FlashAttention (Dao et al., 2022, arXiv:2205.14135).
+That is equal to rounding, not to the bit; in shorter types the merge would round once more, so there the mask is kept.
+
+Only on the CPU: elsewhere transformers' own function runs. The function is registered under a name of its own, which
+changes nothing for other models, and the config of the wrapped model carries that name only while a kvembed call runs.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +35,20 @@ if TYPE_CHECKING:
 __all__ = ["AttentionSwitch"]
 
 _NAME = "kvembed_sdpa"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass
+class _Running:
+    """One kvembed call under way: its chunk size, and what is known of the mask its layers share."""
+
+    chunk: int
+    mask: torch.Tensor | None = None
+    kind: str = ""
+
+
+# Per thread and task, because two wrapped models may run at once.
+_RUNNING: ContextVar[_Running | None] = ContextVar("kvembed_attention", default=None)
 
 
 def grouped_attention_forward(
@@ -42,7 +65,7 @@ def grouped_attention_forward(
     """Attend without repeating keys and values; same contract as transformers' ``sdpa_attention_forward``.
 
     Args:
-        module: The attention module (``num_key_value_groups`` is read from it).
+        module: The attention module.
         query: ``[batch, heads, q, width]``.
         key: ``[batch, kv_heads, kv, width]``.
         value: ``[batch, kv_heads, kv, width]``.
@@ -52,21 +75,66 @@ def grouped_attention_forward(
         is_causal: Overrides the module's own flag.
         **kwargs: Anything else hands the call to transformers.
     """
-    groups = getattr(module, "num_key_value_groups", 1)
-    q_length = query.shape[2]
+    running = _RUNNING.get()
+    q, kv = query.shape[2], key.shape[2]
     unusual = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
-    static = attention_mask is None and key.shape[2] != q_length
-    if groups == 1 or q_length == 1 or unusual or static or query.device.type != "cpu" or torch.is_grad_enabled():
-        # One query token: transformers packs the group itself. A static cache: it cuts the keys.
-        # Training: its path, bit for bit.
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    kind = "other"
+    if running is not None and not unusual and not dropout and query.shape[0] == 1 and query.device.type == "cpu":
+        kind = _kind_of_mask(running, attention_mask, q, kv, causal=causal)
+    # One query token: transformers packs the group itself. Training: its path, bit for bit.
+    if running is None or kind == "other" or q == 1 or torch.is_grad_enabled():
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    causal = attention_mask is None and (is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=causal, enable_gqa=True
-    )
-    return output.transpose(1, 2).contiguous(), None
+    merges = kind == "causal" and query.dtype == torch.float32 and key.shape[3] == value.shape[3]
+    output = query.new_empty((1, q, query.shape[1], value.shape[3]))
+    for start in range(0, q, running.chunk):
+        end = min(start + running.chunk, q)
+        rows, seen = query[:, :, start:end], kv - q + end
+        k, v = key[:, :, :seen], value[:, :, :seen]
+        if merges:
+            part = _merged(rows, k, v, scaling)
+        else:
+            mask = None if attention_mask is None else attention_mask[:, :, start:end, :seen]
+            if mask is None and start:  # the square of the first chunk needs none
+                mask = torch.ones(end - start, seen, dtype=torch.bool).tril(seen - (end - start))
+            part = torch.nn.functional.scaled_dot_product_attention(
+                rows, k, v, attn_mask=mask, scale=scaling, is_causal=mask is None, enable_gqa=True
+            )
+        output[:, start:end] = part.transpose(1, 2)
+    return output, None
+
+
+def _kind_of_mask(running: _Running, mask: torch.Tensor | None, q: int, kv: int, *, causal: bool) -> str:
+    """Return ``"causal"``, ``"earlier"`` (rows see no later key, but not all before them) or ``"other"``."""
+    if mask is None:
+        # Without a mask and with more keys than queries the cache is a static one.
+        return "causal" if causal and q == kv else "other"
+    if mask is running.mask:
+        return running.kind
+    kind = "other"
+    if mask.dtype == torch.bool and mask.shape == (1, 1, q, kv):
+        square = mask[0, 0, :, kv - q :]
+        if not bool(square.triu(1).any()):
+            whole = bool(mask[0, 0, :, : kv - q].all()) and int(square.sum()) == q * (q + 1) // 2
+            kind = "causal" if whole else "earlier"
+    running.mask, running.kind = mask, kind  # all layers of a kind share one mask
+    return kind
+
+
+def _merged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Attend causally to ``[1, kv_heads, kv, width]`` keys, of which the last are the queries' own."""
+    heads, q, width = query.shape[1:]
+    kv_heads, past = key.shape[1], key.shape[2] - q
+    own, own_lse = _flash(query, key[:, :, past:], value[:, :, past:], 0.0, True, scale=scaling)
+    if not past:
+        return own
+    # All queries of a group as rows of one head: each key is read once.
+    packed = query.reshape(1, kv_heads, heads // kv_heads * q, width)
+    before, before_lse = _flash(packed, key[:, :, :past], value[:, :, :past], 0.0, False, scale=scaling)
+    weight = torch.sigmoid(before_lse.reshape(own_lse.shape) - own_lse).unsqueeze(-1)
+    return torch.lerp(own, before.reshape(own.shape), weight.to(own.dtype))
 
 
 class AttentionSwitch:
@@ -75,10 +143,12 @@ class AttentionSwitch:
     Args:
         model: The wrapped model. Only configs whose implementation is ``"sdpa"`` are switched: another choice
             of the user's (eager, flash) stays.
+        chunk: Queries taken at a time: the tokens of a block.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, chunk: int) -> None:
         self._model = model
+        self._chunk = chunk
         self._lock = threading.RLock()
         self.enabled = True
 
@@ -97,10 +167,12 @@ class AttentionSwitch:
                 ALL_ATTENTION_FUNCTIONS.register(_NAME, grouped_attention_forward)
                 ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
             configs = self._configs()
+            token = _RUNNING.set(_Running(self._chunk))
             try:
                 for config in configs:
                     config._attn_implementation_internal = _NAME
                 yield
             finally:
+                _RUNNING.reset(token)
                 for config in configs:
                     config._attn_implementation_internal = "sdpa"

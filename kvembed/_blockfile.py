@@ -111,29 +111,36 @@ class BlockFileSource:
         self._file = file
         self._header = header
 
-    def read_into(self, index: int, rows: np.ndarray, skip: int = 0) -> None:
-        """Read and check one tensor; see `kvembed._tiers._base.BlockSource.read_into`."""
-        spec = self.layout.tensors[index]
+    def read_into(self, index: int, rows: Sequence[np.ndarray], skip: int = 0) -> None:
+        """Read and check tensors; see `kvembed._tiers._base.BlockSource.read_into`."""
         total = self.info.n_tokens
-        heads, n, width = rows.shape
-        if heads != spec.heads or width != spec.row_nbytes or rows.itemsize != 1 or not 0 <= skip <= total - n:
-            raise ConfigError(f"rows {rows.shape} do not fit tensor {index} of a block of {total} tokens")
-        if n == total:
-            self._read(index, [rows.data] if rows.flags.c_contiguous else [head.data for head in rows])
+        for number, target in enumerate(rows, start=index):
+            spec = self.layout.tensors[number]
+            heads, n, width = target.shape
+            if heads != spec.heads or width != spec.row_nbytes or target.itemsize != 1 or not 0 <= skip <= total - n:
+                raise ConfigError(f"rows {target.shape} do not fit tensor {number} of a block of {total} tokens")
+        if all(target.shape[1] == total for target in rows):
+            self._read(
+                index,
+                [[t.data.cast("B")] if t.flags.c_contiguous else [head.data.cast("B") for head in t] for t in rows],
+            )
             return
         # The checksum is of the whole tensor, so a part costs a read of all of it, through a buffer.
-        whole = np.empty((heads, total, width), np.uint8)
-        self._read(index, [whole.data])
-        rows[:] = whole[:, skip : skip + n]
+        whole = [np.empty((target.shape[0], total, target.shape[2]), np.uint8) for target in rows]
+        self._read(index, [[buffer.data.cast("B")] for buffer in whole])
+        for target, buffer in zip(rows, whole, strict=True):
+            target[:] = buffer[:, skip : skip + target.shape[1]]
 
-    def _read(self, index: int, buffers: Sequence[memoryview]) -> None:
-        views = [view.cast("B") for view in buffers]
+    def _read(self, index: int, tensors: Sequence[Sequence[memoryview]]) -> None:
+        """Fill the buffers of consecutive tensors and check each tensor."""
+        views = [view for tensor in tensors for view in tensor]
         try:
             self._file.read_into(views, self._header.data_start + self.layout.offset(index, self.info.n_tokens))
         except OSError as error:
             raise BlockFormatError(f"tensor {index} cannot be read: {error.strerror}") from error
-        if _checksum(views) != self._header.checksums[index]:
-            raise BlockFormatError(f"tensor {index} does not match its checksum")
+        for number, tensor in enumerate(tensors, start=index):
+            if _checksum(tensor) != self._header.checksums[number]:
+                raise BlockFormatError(f"tensor {number} does not match its checksum")
 
     def read_all(self) -> Block:
         """Return the whole block in host memory, every tensor checked.
@@ -146,7 +153,7 @@ class BlockFileSource:
         at = 0
         for index, spec in enumerate(self.layout.tensors):
             end = at + spec.nbytes(self.info.n_tokens)
-            self._read(index, [view[at:end]])
+            self._read(index, [[view[at:end].cast("B")]])
             at = end
         return Block(self.info, self.token_ids, self.layout, data)
 

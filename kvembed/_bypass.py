@@ -60,12 +60,23 @@ def is_assisted(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> b
     return kwargs.get("assistant_model") is not None or bool(drafts)
 
 
-def bypass_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
-    """Return why a ``generate()`` call cannot be served from blocks, or None when it can."""
-    return _input_reason(model, inputs, generation_config, kwargs) or _mode_reason(model, generation_config, kwargs)
+def bypass_reason(
+    model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any], *, batches: bool = False
+) -> str | None:
+    """Return why a ``generate()`` call cannot be served from blocks, or None when it can.
+
+    Args:
+        model: The wrapped model.
+        inputs: First argument of ``generate()``.
+        generation_config: Second one.
+        kwargs: All others.
+        batches: Whether several prompts at once can be served (full attention in all layers).
+    """
+    reason = _input_reason(model, inputs, generation_config, kwargs, batches)
+    return reason or _mode_reason(model, generation_config, kwargs)
 
 
-def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
+def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any], batches: bool) -> str | None:
     import torch
 
     if getattr(model.config, "is_encoder_decoder", False):
@@ -78,12 +89,14 @@ def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[
     ids = input_ids_of(inputs, kwargs)
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         return "no two-dimensional input_ids"
-    if ids.shape[0] != 1:
-        return f"batch of {ids.shape[0]} prompts"
-    if ids.shape[1] == 0:
+    if ids.shape[1] == 0 or ids.shape[0] == 0:
         return "empty prompt"
     mask = kwargs.get("attention_mask")
-    if mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())):
+    if ids.shape[0] > 1:
+        reason = _batch_reason(model, generation_config, kwargs, ids, mask, batches)
+        if reason is not None:
+            return reason
+    elif mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())):
         return "attention_mask hides tokens or has another shape than input_ids"
     if mask is None and _has_padding(model, generation_config, kwargs, ids):
         return "the prompt contains the padding token and no attention_mask says what it means"
@@ -95,6 +108,28 @@ def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[
         if name == "token_type_ids" and not bool(value.any()):
             continue
         return f"argument {name!r}"
+    return None
+
+
+def _batch_reason(
+    model: Any, generation_config: Any, kwargs: dict[str, Any], ids: torch.Tensor, mask: Any, batches: bool
+) -> str | None:
+    from kvembed._batch import is_left_padded
+
+    what = f"batch of {ids.shape[0]} prompts"
+    if not batches:
+        return f"{what}, and not every layer is full attention: padding would get into windows and states"
+    if ids.shape[1] < 2:
+        return f"{what} of one token"
+    if mask is not None and (mask.shape != ids.shape or not is_left_padded(mask)):
+        return f"{what} that are not padded on the left"
+    if copies_of_prompt(model, generation_config, kwargs) > 1:
+        return f"{what} with beams or several sequences each"
+    if is_assisted(model, generation_config, kwargs):
+        return f"{what} with an assistant"
+    scale = generation_value(model, generation_config, kwargs, "guidance_scale")
+    if scale not in (None, 1, 1.0):
+        return f"{what} with guidance_scale={scale}"
     return None
 
 

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _MOST_PREPARED_BYTES = 512 << 20
+_WIDE_STEP = 1024
+"""Tokens of a wide step: weights are read once for several blocks, which is felt in steps of 256 tokens."""
+_LEAST_BLOCK = 128
+"""Smaller blocks were chosen for fine steps: they are not joined."""
+_LONGEST_STEP_S = 5.0
 
 
 class Engine:
@@ -240,6 +245,12 @@ class Engine:
             if edge is None:
                 break
             self.wrapped.forward(tensor[:, position:edge], position, sequence.cache, logits=0)
+            if edge - position > size and exact and self.wrapped.wide_steps is None:
+                same = self._same_bits_in_small(sequence, tensor, edge)
+                self.wrapped.note_wide_steps(same)
+                if not same:
+                    hf.truncate(sequence.cache, position)
+                    continue
             sequence.ids = ids[:edge]
             if exact and edge % size == 0:
                 sequence.exact = edge
@@ -259,11 +270,33 @@ class Engine:
         edge = (position // size + 1) * size
         if edge > last:
             return last if whole else None
+        wide = position + _WIDE_STEP // size * size
+        if size >= _LEAST_BLOCK and exact and wide <= last and self.wrapped.wide_steps is not False and self._is_quick:
+            return wide
         if not exact and not whole and n - position <= size:
             return None  # off the grid anyway: one forward for the rest is cheaper than two
         if not exact and edge - position < size // 4 and edge + size <= last:
             edge += size  # likewise: no forward for a few tokens
         return edge
+
+    @property
+    def _is_quick(self) -> bool:
+        """True when a wide step is short enough for progress and interrupts; unknown counts as quick."""
+        rate = self.wrapped.prefill_rate
+        return rate is None or rate * _LONGEST_STEP_S >= _WIDE_STEP
+
+    def _same_bits_in_small(self, sequence: LiveSequence, tensor: torch.Tensor, edge: int) -> bool:
+        """Compute the last block before ``edge`` again by itself; True when its KV has the bits of the wide step."""
+        start = edge - self.block_size
+        cache = hf.new_cache(self.spec, self.model.config, edge)
+        hf.copy_prefix(sequence.cache, cache, start, start)
+        self.wrapped.forward(tensor[:, start:edge], start, cache, logits=0)
+        pairs = zip(hf.layers_of(sequence.cache), hf.layers_of(cache), strict=True)
+        return all(
+            torch.equal(a, b)
+            for wide, small in pairs
+            for a, b in zip(wide.rows(start, edge), small.rows(start, edge), strict=True)
+        )
 
     def settle(self, sequence: LiveSequence, ids: TokenIds, *, fed: int | None) -> bool:
         """Make the sequence agree with its cache after a forward ended, or broke off.

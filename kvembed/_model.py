@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvembed._attempt import Request
 from kvembed._document import Document
 from kvembed._engine import Engine
 from kvembed._errors import ConfigError, UnsupportedModelError
@@ -14,15 +15,17 @@ from kvembed._explain import explain_prompt
 from kvembed._match import Explanation, PrefixMatch
 from kvembed._paths import is_disabled
 from kvembed._prompt import check_prompt, encode
-from kvembed._runner import Request, Runner
+from kvembed._runner import Runner
+from kvembed._score import continuation_ids, score_plainly
 from kvembed._stream import stream_text
 from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kvembed._progress import Progress
+    from kvembed._score import Score
     from kvembed._store import KVStore
 
 __all__ = ["CachedModel"]
@@ -154,11 +157,14 @@ class CachedModel:
     ) -> Any:
         request = Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel)
         with self._lock:
-            refusal = "KVEMBED_DISABLE is set" if is_disabled() else None
-            if refusal is None and self.store.closed:
-                refusal = "the store is closed"
-            result, self._usage = self._runner.generate(request, refusal)
+            result, self._usage = self._runner.generate(request, self._refusal())
             return result
+
+    def _refusal(self) -> str | None:
+        """Return why nothing can be served now, whatever the model."""
+        if is_disabled():
+            return "KVEMBED_DISABLE is set"
+        return "the store is closed" if self.store.closed else None
 
     # --- explicit verbs --------------------------------------------------------------------------------
 
@@ -223,6 +229,35 @@ class CachedModel:
             shown = self.progress if progress is None else progress
             self._usage = self._runner.prefill(ids, deterministic=self.deterministic, progress=shown)
             return self._usage
+
+    def score(self, prompt: Any, continuations: Sequence[Any], *, progress: Progress | None = None) -> list[Score]:
+        """Return the log-probabilities of continuations of a prompt, which is computed once and kept.
+
+        Args:
+            prompt: Text, chat messages, or token ids.
+            continuations: Text or token ids of each.
+            progress: See `CachedModel`; by default this model's own.
+
+        Raises:
+            PromptError: The prompt or a continuation is empty, or both do not fit the context together.
+        """
+        ids = encode(self.tokenizer, prompt)
+        check_prompt(self.hf_model, ids, 0)
+        parts = [continuation_ids(self.tokenizer, prompt, ids, continuation) for continuation in continuations]
+        if not parts:
+            return []
+        check_prompt(self.hf_model, ids, max(len(part) for part in parts) - 1)
+        with self._lock:
+            refusal = self._refusal()
+            if refusal is None:
+                self._engine.check_identity()
+                refusal = self.support
+            if refusal is not None:
+                self._usage = Usage(prompt_tokens=len(ids), bypass_reason=refusal)
+                return score_plainly(self.hf_model, ids, parts)
+            shown = self.progress if progress is None else progress
+            scores, self._usage = self._runner.score(ids, parts, deterministic=self.deterministic, progress=shown)
+            return scores
 
     def lookup(self, prompt: Any) -> PrefixMatch:
         """Say how much of a prompt could be reused; computes nothing.

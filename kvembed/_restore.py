@@ -116,8 +116,7 @@ class Restore:
                 if start >= piece.end:
                     continue  # outside this layer's window
                 try:
-                    for i, name in enumerate(("k", "v")):
-                        layer.load_rows(name, piece.source, 2 * index + i, start, piece.end, start - piece.start)
+                    layer.load_rows(piece.source, 2 * index, start, piece.end, start - piece.start)
                 except Exception as error:  # whatever it is, these rows must not be used
                     self._error = self._error or RestoreError(piece.source.info.key, f"{type(error).__name__}: {error}")
                     return

@@ -110,14 +110,22 @@ class Rows:
         a, b = start - self.first, end - self.first
         return self._k[:, :, a:b], self._v[:, :, a:b]
 
-    def load_rows(self, name: str, source: BlockSource, spec_index: int, start: int, end: int, skip: int) -> None:
-        """Fill rows of tokens ``start..end`` from a block, beginning with its token ``skip``."""
+    def load_rows(self, source: BlockSource, spec_index: int, start: int, end: int, skip: int) -> None:
+        """Fill rows of tokens ``start..end`` from a block.
+
+        Args:
+            source: The block.
+            spec_index: Number of the keys in its layout; the values follow them.
+            start: Position of the first token.
+            end: Position after the last one.
+            skip: Tokens of the block before ``start``.
+        """
         a, b = start - self.first, end - self.first
-        raw = self._k8 if name == "k" else self._v8
-        if raw is not None:
-            source.read_into(spec_index, raw[:, a:b], skip)
+        if self._k8 is not None and self._v8 is not None:
+            source.read_into(spec_index, [self._k8[:, a:b], self._v8[:, a:b]], skip)
             return
-        target = (self._k if name == "k" else self._v)[0, :, a:b]
-        staging = np.empty((target.shape[0], b - a, target.shape[2] * target.element_size()), dtype=np.uint8)
+        targets = [self._k[0, :, a:b], self._v[0, :, a:b]]
+        staging = [np.empty((t.shape[0], b - a, t.shape[2] * t.element_size()), dtype=np.uint8) for t in targets]
         source.read_into(spec_index, staging, skip)
-        target.copy_(torch.from_numpy(staging).view(target.dtype))
+        for target, rows in zip(targets, staging, strict=True):
+            target.copy_(torch.from_numpy(rows).view(target.dtype))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvembed import hf
+from kvembed._attempt import Attempt, prefill_usage, usage_of
+from kvembed._batch import join_rows, new_tokens, rows_of_batch
 from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted
 from kvembed._call import PromptOnceStreamer, Watch, sliced_first_step, with_watch
 from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
@@ -22,61 +23,24 @@ from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
 from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
+from kvembed._score import score_on
 from kvembed._usage import Usage
 
 if TYPE_CHECKING:
-    import threading
+    from collections.abc import Sequence
 
+    from kvembed._attempt import Request
     from kvembed._engine import Engine
     from kvembed._keys import TokenIds
     from kvembed._live import LiveSequence
-    from kvembed._matching import Match
     from kvembed._progress import Progress
-    from kvembed._restore import Restore
+    from kvembed._score import Score
 
-__all__ = ["Request", "Runner"]
+__all__ = ["Runner"]
 
 _CLOSED = "the store is closed"
-_RATE_TOKENS = 64  # a prefill rate is believed when at least this many tokens were computed
 _ATTEMPTS = 4  # the last one restores nothing
 _MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
-
-
-@dataclass
-class Request:
-    """What the caller of ``generate()`` asked for.
-
-    Args:
-        inputs: First positional argument of ``generate()``.
-        generation_config: Second one.
-        kwargs: All others.
-        deterministic: Reuse only what makes the call bit-identical to a cold one.
-        progress: Who wants to see a long prefill.
-        cancel: Set to stop after the current token.
-        began: ``time.perf_counter()`` when the call came in.
-    """
-
-    inputs: Any
-    generation_config: Any
-    kwargs: dict[str, Any]
-    deterministic: bool
-    progress: Progress
-    cancel: threading.Event | None = None
-    began: float = field(default_factory=time.perf_counter)
-
-
-@dataclass
-class _Attempt:
-    """State of one attempt, filled as it goes."""
-
-    ids: TokenIds
-    match: Match
-    sequence: LiveSequence
-    restore: Restore | None
-    tiers: dict[str, int]
-    why: str | None = None
-    stored: int = 0
-    copies: int = 1
 
 
 def _sequence_of(result: Any) -> TokenIds:
@@ -107,7 +71,9 @@ class Runner:
             refusal: Why it cannot be served, when that is known already.
         """
         inputs, config, kwargs = request.inputs, request.generation_config, request.kwargs
-        refusal = refusal or bypass_reason(self._model, inputs, config, kwargs)
+        spec = self.engine.wrapped.spec
+        batches = spec is not None and spec.full_only
+        refusal = refusal or bypass_reason(self._model, inputs, config, kwargs, batches=batches)
         if refusal is None:
             try:
                 self.engine.check_identity()
@@ -116,14 +82,18 @@ class Runner:
                 refusal = _CLOSED
         if refusal is not None:
             return self._pass_through(request, refusal)
-        ids = as_token_ids(input_ids_of(inputs, kwargs)[0].cpu().numpy())  # pyright: ignore[reportOptionalSubscript]
+        prompt = input_ids_of(inputs, kwargs)
+        assert prompt is not None
         streamer = kwargs.get("streamer")
         if streamer is not None:
             streamer = PromptOnceStreamer(streamer)
             request.kwargs = {**kwargs, "streamer": streamer}
         for attempt in range(_ATTEMPTS):
             try:
-                return self._generate_once(request, ids, cold=attempt == _ATTEMPTS - 1)
+                cold = attempt == _ATTEMPTS - 1
+                if prompt.shape[0] > 1:
+                    return self._generate_batch(request, prompt, cold=cold)
+                return self._generate_once(request, as_token_ids(prompt[0].cpu().numpy()), cold=cold)
             except RestoreError as error:
                 self._store.discard(error.key, error.reason)
                 if streamer is not None:
@@ -146,7 +116,6 @@ class Runner:
             # A cache that is about to be repeated for beams can be captured only before.
             self._prefill(attempt, request.progress, upto=len(ids) - 1 if attempt.copies > 1 else None)
             if attempt.copies > 1:
-                self._end_restore(attempt)
                 hf.expand(attempt.sequence.cache, attempt.copies)
             result = self._hand_over(request, attempt, watch)
             self._end_restore(attempt)
@@ -156,11 +125,43 @@ class Runner:
         finally:
             with contextlib.suppress(StoreClosedError):
                 self._keep(attempt, watch, result)
-        usage = self._usage_of(request, attempt, watch, result)
         self._report_problems()
-        return result, usage
+        return result, usage_of(engine.wrapped, request, [attempt], watch, len(_sequence_of(result)) - len(ids))
 
-    def _hand_over(self, request: Request, attempt: _Attempt, watch: Watch) -> Any:
+    def _generate_batch(self, request: Request, prompt: torch.Tensor, *, cold: bool) -> tuple[Any, Usage]:
+        attempts: list[Attempt] = []
+        try:
+            for ids in rows_of_batch(prompt, request.kwargs.get("attention_mask")):
+                attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, self.engine.block_size)
+                attempts.append(attempt)
+                attempt.why = miss_reason(self.engine, attempt.match, ids, sum(attempt.tiers.values()))
+                self._prefill(attempt, request.progress, upto=len(ids) - 1)
+                self._end_restore(attempt)
+            cache = join_rows(self._model.config, [attempt.sequence for attempt in attempts])
+        except RestoreError:
+            attempts[-1].sequence.ids = attempts[-1].ids[:0]
+            raise
+        except StoreClosedError:
+            return self._pass_through(request, _CLOSED)
+        finally:
+            for attempt in attempts:
+                with contextlib.suppress(StoreClosedError):
+                    self._keep(attempt, Watch(), None)
+        watch = Watch(request.cancel)
+        criteria = with_watch(request.kwargs.get("stopping_criteria"), watch)
+        arguments = {**request.kwargs, "stopping_criteria": criteria, "past_key_values": cache}
+        with self.engine.wrapped.switch.active():
+            result = self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
+        self._report_problems()
+        return result, usage_of(
+            self.engine.wrapped, request, attempts, watch, new_tokens(result, prompt.shape[1], self._eos(request))
+        )
+
+    def _eos(self, request: Request) -> list[int]:
+        eos = generation_value(self._model, request.generation_config, request.kwargs, "eos_token_id")
+        return [] if eos is None else [int(e) for e in (eos if isinstance(eos, list | tuple) else [eos])]
+
+    def _hand_over(self, request: Request, attempt: Attempt, watch: Watch) -> Any:
         """Let transformers generate from the filled cache."""
         wrapped = self.engine.wrapped
         arguments = {
@@ -176,12 +177,12 @@ class Runner:
         with wrapped.switch.active(), slicing:
             return self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
 
-    def _begin(self, ids: TokenIds, wanted: TokenIds, deterministic: bool, room: int) -> _Attempt:
+    def _begin(self, ids: TokenIds, wanted: TokenIds, deterministic: bool, room: int) -> Attempt:
         match = self.engine.match(wanted, deterministic=deterministic)
         sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room)
-        return _Attempt(ids, match, sequence, restore, tiers)
+        return Attempt(ids, match, sequence, restore, tiers)
 
-    def _prefill(self, attempt: _Attempt, progress: Progress, *, upto: int | None) -> None:
+    def _prefill(self, attempt: Attempt, progress: Progress, *, upto: int | None) -> None:
         def put(sequence: LiveSequence) -> None:
             with contextlib.suppress(StoreClosedError):
                 attempt.stored += self.engine.capture(sequence, tail=False)
@@ -190,10 +191,11 @@ class Runner:
             self.engine.prefill(attempt.sequence, attempt.ids, upto=upto, on_progress=on_progress, put=put)
         if attempt.sequence.has_state or attempt.copies > 1:
             # What comes next changes the state, or takes the cache away.
+            self._end_restore(attempt)
             with contextlib.suppress(StoreClosedError):
                 attempt.stored += self.engine.capture(attempt.sequence, tail=True)
 
-    def _end_restore(self, attempt: _Attempt) -> None:
+    def _end_restore(self, attempt: Attempt) -> None:
         if attempt.restore is not None:
             attempt.restore.finish()
 
@@ -205,7 +207,7 @@ class Runner:
             new = max(20, (total or 0) - prompt_tokens)
         return min(int(new), _MOST_NEW_TOKENS)
 
-    def _keep(self, attempt: _Attempt, watch: Watch, result: Any, fed: int | None = None) -> None:
+    def _keep(self, attempt: Attempt, watch: Watch, result: Any, fed: int | None = None) -> None:
         """Store what the call has learned, also when it broke off; keep its cache live unless it was given away."""
         sequence, restore = attempt.sequence, attempt.restore
         if restore is not None:
@@ -230,6 +232,47 @@ class Runner:
         from_disk = [stored.info.key for stored, _ in attempt.match.stored if stored.tier == "disk"]
         if from_disk:
             self._store.promote(from_disk)
+
+    # --- score -----------------------------------------------------------------------------------------
+
+    def score(
+        self, ids: TokenIds, continuations: Sequence[TokenIds], *, deterministic: bool, progress: Progress
+    ) -> tuple[list[Score], Usage]:
+        """Score continuations of one prompt; see `CachedModel.score`."""
+        began = time.perf_counter()
+        for attempt in range(_ATTEMPTS):
+            try:
+                cold = attempt == _ATTEMPTS - 1
+                return self._score_once(ids, continuations, deterministic, progress, began, cold=cold)
+            except RestoreError as error:
+                self._store.discard(error.key, error.reason)
+        raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
+
+    def _score_once(
+        self,
+        ids: TokenIds,
+        continuations: Sequence[TokenIds],
+        deterministic: bool,
+        progress: Progress,
+        began: float,
+        *,
+        cold: bool,
+    ) -> tuple[list[Score], Usage]:
+        room = max(len(c) for c in continuations) + self.engine.block_size
+        attempt = self._begin(ids, ids[:1] if cold else ids, deterministic, room)
+        fed = None
+        try:
+            self._prefill(attempt, progress, upto=len(ids) - 1)
+            self._end_restore(attempt)
+            scores = score_on(self.engine, attempt.sequence, ids, continuations)
+            fed = len(ids) - 1
+        except RestoreError:
+            attempt.sequence.ids = ids[:0]
+            raise
+        finally:
+            self._keep(attempt, Watch(), None, fed)
+        self._report_problems()
+        return scores, prefill_usage(self.engine.wrapped, attempt, began, deterministic=deterministic)
 
     # --- prefill ---------------------------------------------------------------------------------------
 
@@ -259,60 +302,8 @@ class Runner:
             raise
         finally:
             self._keep(attempt, Watch(), None, fed)
-        total = time.perf_counter() - began
-        computed = len(ids) - sum(attempt.tiers.values())
-        rate = self._rate(computed, total, attempt.restore)
         self._report_problems()
-        return Usage(
-            prompt_tokens=len(ids),
-            cached_tokens_by_tier=attempt.tiers,
-            lookup_s=attempt.match.seconds,
-            restore_s=attempt.restore.seconds if attempt.restore is not None else 0.0,
-            prefill_s=total - attempt.match.seconds,
-            total_s=total,
-            prefill_tokens_per_second=rate,
-            deterministic=deterministic,
-            stored_tokens=attempt.stored,
-        )
-
-    # --- what it cost ----------------------------------------------------------------------------------
-
-    def _rate(self, computed: int, seconds: float, restore: Restore | None) -> float | None:
-        if computed < _RATE_TOKENS or restore is not None or seconds <= 0:
-            return None
-        rate = computed / seconds
-        self.engine.wrapped.note_prefill_rate(rate)
-        return rate
-
-    def _usage_of(self, request: Request, attempt: _Attempt, watch: Watch, result: Any) -> Usage:
-        now = time.perf_counter()
-        first = watch.first_token_at if watch.first_token_at is not None else now
-        ttft = first - request.began
-        # A restore overlaps with the compute, so its seconds are not taken off the prefill's.
-        restore_s = min(attempt.restore.seconds, ttft) if attempt.restore is not None else 0.0
-        prefill_s = max(0.0, ttft - attempt.match.seconds)
-        cached = sum(attempt.tiers.values())
-        prompt = len(attempt.ids)
-        rate = known = None
-        with contextlib.suppress(StoreClosedError):
-            rate = self._rate(prompt - cached, prefill_s, attempt.restore)
-            known = self.engine.wrapped.prefill_rate
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=len(_sequence_of(result)) - prompt,
-            cached_tokens_by_tier=attempt.tiers,
-            lookup_s=attempt.match.seconds,
-            restore_s=restore_s,
-            prefill_s=prefill_s,
-            decode_s=now - first,
-            ttft_s=ttft,
-            total_s=now - request.began,
-            prefill_tokens_per_second=rate,
-            saved_s=cached / known - restore_s if known and cached else None,
-            miss_reason=attempt.why,
-            deterministic=request.deterministic,
-            stored_tokens=attempt.stored,
-        )
+        return prefill_usage(self.engine.wrapped, attempt, began, deterministic=deterministic)
 
     def _pass_through(self, request: Request, reason: str) -> tuple[Any, Usage]:
         ids = input_ids_of(request.inputs, request.kwargs)

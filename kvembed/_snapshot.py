@@ -151,7 +151,7 @@ def decode_states(source: BlockSource) -> dict[int, dict[str, Any]]:
 
 def _read(source: BlockSource, number: int) -> np.ndarray:
     rows = np.empty((1, 1, source.layout.tensors[number].row_nbytes), dtype=np.uint8)
-    source.read_into(number, rows)
+    source.read_into(number, [rows])
     return rows.reshape(-1)
 
 

@@ -116,7 +116,7 @@ def assert_reads(store: KVStore, block: Block, tier: str) -> None:
         assert source.info == block.info
         for index, spec in enumerate(source.layout.tensors):
             rows = np.zeros((spec.heads, block.info.n_tokens, spec.row_nbytes), np.uint8)
-            source.read_into(index, rows)
+            source.read_into(index, [rows])
             assert np.array_equal(rows, block.tensor(index))
     finally:
         source.close()

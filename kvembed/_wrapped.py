@@ -42,7 +42,7 @@ class WrappedModel:
         self.model = model
         self._store = store
         self._block_size = block_size
-        self.switch = AttentionSwitch(model)
+        self.switch = AttentionSwitch(model, block_size)
         self._forward_arguments = self._find_forward_arguments()
         self._headless = False
         self.spec: CacheSpec | None = None
@@ -110,6 +110,31 @@ class WrappedModel:
             else:
                 self._store.set_note(digest, "oracle", vars(self.verdict))
         self.refusal = self.verdict.reason
+
+    @property
+    def wide_steps(self) -> bool | None:
+        """Whether one forward of several blocks gives the bits of one forward each; None when nobody has looked."""
+        if self.fingerprint is None or not self._may_step_wide:
+            return False
+        known = self._store.get_note(self.fingerprint.digest, "wide_steps")
+        return known if isinstance(known, bool) else None
+
+    def note_wide_steps(self, same: bool) -> None:
+        """Remember what was found."""
+        if self.fingerprint is not None:
+            self._store.set_note(self.fingerprint.digest, "wide_steps", same)
+
+    @property
+    def _may_step_wide(self) -> bool:
+        assert self.spec is not None
+        # Experts get as many tokens as are routed to them: another number in a wider step.
+        return (
+            self.switch.enabled
+            and self.model.device.type == "cpu"
+            and self.spec.full_only
+            and self.attn_implementation == "sdpa"
+            and not any("expert" in name for name, _ in self.model.named_modules())
+        )
 
     @property
     def stepwise(self) -> bool:

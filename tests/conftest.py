@@ -27,6 +27,12 @@ class ModelFactory(Protocol):
     def __call__(self, *, seed: int = 0, **config: Any) -> PreTrainedModel: ...
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--support-matrix", choices=["check", "write"], default="check", help="write docs/support-matrix.md anew"
+    )
+
+
 def pytest_report_header() -> str:
     return f"kvembed test cache: {_TEST_CACHE}"
 

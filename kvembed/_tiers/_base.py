@@ -26,12 +26,14 @@ class BlockSource(Protocol):
     layout: Layout
     tier: str
 
-    def read_into(self, index: int, rows: np.ndarray, skip: int = 0) -> None:
-        """Read tensor number ``index`` of the block into ``rows``, and check it.
+    def read_into(self, index: int, rows: Sequence[np.ndarray], skip: int = 0) -> None:
+        """Read tensors of the block from number ``index`` on, one for each array of ``rows``, and check them.
+
+        Several at once, because a layer's keys and values lie side by side: one system call for both.
 
         Args:
-            index: Position in ``layout.tensors``.
-            rows: uint8 array ``[heads, n, row_nbytes]``; its last two axes are contiguous, heads may
+            index: Position of the first in ``layout.tensors``.
+            rows: uint8 arrays ``[heads, n, row_nbytes]``; their last two axes are contiguous, heads may
                 lie apart. ``n`` tokens are read, starting with token ``skip`` of the block.
             skip: First token of the block to read.
 

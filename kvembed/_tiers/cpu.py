@@ -38,13 +38,16 @@ class MemorySource:
         self.tier = tier
         self._block = block
 
-    def read_into(self, index: int, rows: np.ndarray, skip: int = 0) -> None:
-        """Copy one tensor; see `kvembed._tiers._base.BlockSource.read_into`."""
-        tensor = self._block.tensor(index)
-        n = rows.shape[1]
-        if rows.shape != (tensor.shape[0], n, tensor.shape[2]) or not 0 <= skip <= tensor.shape[1] - n:
-            raise ConfigError(f"rows {rows.shape} do not fit tensor {index} of a block of {tensor.shape[1]} tokens")
-        np.copyto(rows, tensor[:, skip : skip + n], casting="no")
+    def read_into(self, index: int, rows: Sequence[np.ndarray], skip: int = 0) -> None:
+        """Copy tensors; see `kvembed._tiers._base.BlockSource.read_into`."""
+        for number, target in enumerate(rows, start=index):
+            tensor = self._block.tensor(number)
+            n = target.shape[1]
+            if target.shape != (tensor.shape[0], n, tensor.shape[2]) or not 0 <= skip <= tensor.shape[1] - n:
+                raise ConfigError(
+                    f"rows {target.shape} do not fit tensor {number} of a block of {tensor.shape[1]} tokens"
+                )
+            np.copyto(target, tensor[:, skip : skip + n], casting="no")
 
     def close(self) -> None:
         """Do nothing: memory goes with the last reference."""

@@ -55,14 +55,6 @@ def check_bypass(cached: Any, reason: str, *args: Any, **kwargs: Any) -> None:
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "no cache": ("use_cache=False", {"use_cache": False}),
     "static cache": ("cache_implementation='static'", {"cache_implementation": "static", "disable_compile": True}),
-    "batch": ("batch of 2", {"input_ids": torch.cat([PROMPT, PROMPT.flip(1)]), "attention_mask": None}),
-    "left padding": (
-        "batch of 2",
-        {
-            "input_ids": torch.cat([PROMPT, torch.cat([torch.full((1, 9), 256), PROMPT[:, 9:]], 1)]),
-            "attention_mask": torch.cat([MASK, torch.cat([torch.zeros(1, 9, dtype=torch.long), MASK[:, 9:]], 1)]),
-        },
-    ),
     "mask": ("attention_mask hides tokens", {"attention_mask": HALF_MASK}),
     "attentions": ("output_attentions", {"output_attentions": True, "return_dict_in_generate": True}),
     "hidden states": ("output_hidden_states", {"output_hidden_states": True, "return_dict_in_generate": True}),
@@ -77,8 +69,6 @@ def test_calls(lab: Lab, makers: dict[str, Callable[..., Any]], name: str) -> No
     cached = lab.wrap(model)
     run(cached, PROMPT)  # what would be reused is there
     kwargs = {"input_ids": PROMPT, "attention_mask": MASK, "max_new_tokens": 6, "do_sample": False, **options}
-    if kwargs["attention_mask"] is None:
-        kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
     check_bypass(cached, reason, **kwargs)
     run(cached, PROMPT)
     assert cached.usage.bypass_reason is None

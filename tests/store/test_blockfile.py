@@ -104,9 +104,9 @@ def test_whole_and_part_of_every_tensor(path: Path, block: Block, portable: bool
     assert np.array_equal(source.token_ids, block.token_ids)
     for index in range(4):
         cache = np.zeros((2, 64, 32), np.uint8)
-        source.read_into(index, cache[:, 8:24])
+        source.read_into(index, [cache[:, 8:24]])
         assert np.array_equal(cache[:, 8:24], block.tensor(index))
-        source.read_into(index, cache[:, 30:35], skip=4)
+        source.read_into(index, [cache[:, 30:35]], skip=4)
         assert np.array_equal(cache[:, 30:35], block.tensor(index)[:, 4:9])
         assert not cache[:, :8].any()
         assert not cache[:, 35:].any()
@@ -121,7 +121,7 @@ def test_the_portable_reader_serves_several_threads(path: Path, block: Block) ->
     def reader(index: int) -> None:
         rows = np.zeros((2, 16, 32), np.uint8)
         for _ in range(100):
-            source.read_into(index, rows)
+            source.read_into(index, [rows])
             if not np.array_equal(rows, block.tensor(index)):
                 wrong.append(index)
 
@@ -140,7 +140,7 @@ def test_reading_more_heads_than_one_call_takes(tmp_path: Path) -> None:
     EncodedBlock(block, "kvembed test").write(tmp_path / "a")
     cache = np.zeros((2500, 5, 4), np.uint8)
     source = open_block(tmp_path / "a")
-    source.read_into(0, cache[:, 1:4])
+    source.read_into(0, [cache[:, 1:4]])
     source.close()
     assert np.array_equal(cache[:, 1:4], block.tensor(0))
 
@@ -157,7 +157,7 @@ def test_short_reads_are_continued(path: Path, block: Block, monkeypatch: pytest
     monkeypatch.setattr(os, "preadv", short)
     source = open_block(path)
     cache = np.zeros((2, 40, 32), np.uint8)
-    source.read_into(2, cache[:, 3:19])
+    source.read_into(2, [cache[:, 3:19]])
     source.close()
     assert np.array_equal(cache[:, 3:19], block.tensor(2))
     assert calls > 100
@@ -248,7 +248,7 @@ def test_an_open_source_outlives_its_file(path: Path, block: Block) -> None:
     EncodedBlock(random_block(), "kvembed test").write(path)
     path.unlink()
     rows = np.zeros((2, 16, 32), np.uint8)
-    source.read_into(0, rows)
+    source.read_into(0, [rows])
     source.close()
     assert np.array_equal(rows, block.tensor(0))
 
@@ -274,5 +274,5 @@ def test_a_file_cut_while_it_is_open(path: Path) -> None:
     source = open_block(path)
     os.truncate(path, 2000)
     with pytest.raises(BlockFormatError, match="ends before"):
-        source.read_into(3, np.zeros((2, 16, 32), np.uint8))
+        source.read_into(3, [np.zeros((2, 16, 32), np.uint8)])
     source.close()

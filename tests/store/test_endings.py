@@ -143,7 +143,7 @@ def _child(store: KVStore, chain: list[Block], new: list[Block], answers: Any) -
         rows = np.zeros((2, 16, 32), np.uint8)
         source = store.open(chain[0].key)
         assert source is not None
-        source.read_into(0, rows)
+        source.read_into(0, [rows])
         same = bool(np.array_equal(rows, chain[0].tensor(0)))
         source.close()
         store.close()

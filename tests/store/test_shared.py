@@ -120,7 +120,7 @@ def test_what_another_evicts_is_a_miss(tmp_path: Path) -> None:
         assert reader.lookup(keys_of(chain)) == []
         # What was open stays readable.
         rows = np.zeros((2, 16, 32), np.uint8)
-        source.read_into(0, rows)
+        source.read_into(0, [rows])
         assert np.array_equal(rows, chain[2].tensor(0))
         source.close()
         assert reader.take_problems() == []
@@ -154,7 +154,7 @@ with KVStore(sys.argv[1], max_cpu_bytes=20_000, max_disk_bytes=400_000) as store
             assert source.info == block.info and np.array_equal(source.token_ids, block.token_ids)
             for index in range(4):
                 rows = np.zeros((2, 16, 32), np.uint8)
-                source.read_into(index, rows)
+                source.read_into(index, [rows])
                 assert np.array_equal(rows, block.tensor(index))
             source.close()
             read += 1

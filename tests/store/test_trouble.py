@@ -67,9 +67,9 @@ def test_bytes_that_changed_are_found_when_read_and_discarded(tmp_path: Path) ->
         source = store.open(block.key)
         assert source is not None
         rows = np.zeros((2, 16, 32), np.uint8)
-        source.read_into(0, rows)
+        source.read_into(0, [rows])
         with pytest.raises(BlockFormatError, match="tensor 3"):
-            source.read_into(3, rows)
+            source.read_into(3, [rows])
         source.close()
         store.discard(block.key, "tensor 3 does not match its checksum")
         assert store.lookup([block.key]) == []

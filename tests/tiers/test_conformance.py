@@ -50,7 +50,7 @@ def read(source: BlockSource) -> list[np.ndarray]:
     result = []
     for index, spec in enumerate(source.layout.tensors):
         rows = np.zeros((spec.heads, source.info.n_tokens, spec.row_nbytes), np.uint8)
-        source.read_into(index, rows)
+        source.read_into(index, [rows])
         result.append(rows)
     return result
 
@@ -100,7 +100,7 @@ def test_rows_with_heads_apart(make_tier: MakeTier) -> None:
     source = tier.open(block.key)
     assert source is not None
     cache = np.full((2, 100, 32), 7, np.uint8)
-    source.read_into(3, cache[:, 40:56])
+    source.read_into(3, [cache[:, 40:56]])
     assert np.array_equal(cache[:, 40:56], block.tensor(3))
     assert (cache[:, :40] == 7).all()
     assert (cache[:, 56:] == 7).all()
@@ -114,7 +114,7 @@ def test_part_of_a_block(make_tier: MakeTier, skip: int, n: int) -> None:
     source = tier.open(block.key)
     assert source is not None
     rows = np.zeros((2, n, 32), np.uint8)
-    source.read_into(1, rows, skip)
+    source.read_into(1, [rows], skip)
     assert np.array_equal(rows, block.tensor(1)[:, skip : skip + n])
     source.close()
 
@@ -126,7 +126,7 @@ def test_rows_of_another_shape_are_refused(make_tier: MakeTier) -> None:
     assert source is not None
     for shape, skip in (((3, 16, 32), 0), ((2, 16, 31), 0), ((2, 17, 32), 0), ((2, 5, 32), 12)):
         with pytest.raises(ConfigError, match="do not fit"):
-            source.read_into(0, np.zeros(shape, np.uint8), skip)
+            source.read_into(0, [np.zeros(shape, np.uint8)], skip)
     source.close()
 
 
@@ -293,7 +293,7 @@ def test_several_threads_read_one_source(make_tier: MakeTier) -> None:
         rows = np.zeros((2, 500, 32), np.uint8)
         for _ in range(50):
             rows[:] = 0
-            source.read_into(index, rows)
+            source.read_into(index, [rows])
             if not np.array_equal(rows, block.tensor(index)):
                 wrong.append(index)
 

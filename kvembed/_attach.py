@@ -1,0 +1,123 @@
+"""`attach`: the cache inside a model object, for code that insists on a transformers model.
+
+Pipelines, trainers and harnesses test the class of what they are given, or call methods no wrapper knows of. So only
+``generate`` is replaced, on the one instance: a composition wrapper runs in a pipeline but is logged as "not
+supported", and changing the instance's class breaks pickling.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+from kvembed._errors import ConfigError
+from kvembed._model import CachedModel
+
+if TYPE_CHECKING:
+    from kvembed._progress import Progress
+    from kvembed._store import KVStore
+
+__all__ = ["attach", "attached", "detach"]
+
+
+class _AttachedGenerate:
+    """Stands in for one model's ``generate``; copies and pickles of the model get the plain one back."""
+
+    def __init__(self, cached: CachedModel) -> None:
+        self._cached = cached
+        self._original = cached.hf_model.generate
+        self._calls = threading.local()
+        functools.update_wrapper(self, self._original)
+
+    @property
+    def cached(self) -> CachedModel:
+        """The model's cache."""
+        return self._cached
+
+    def __call__(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Generate through the cache; calls of its own come back here and go to transformers."""
+        if getattr(self._calls, "inside", False):
+            return self._original(inputs, generation_config, **kwargs)
+        self._calls.inside = True
+        try:
+            return self._cached.generate(inputs, generation_config, **kwargs)
+        finally:
+            self._calls.inside = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copy of the model is another model: it starts without a cache.
+        model = self._cached.hf_model
+        return _plain_generate(memo.get(id(model), model))
+
+    def __reduce__(self) -> Any:
+        return _plain_generate, (self._cached.hf_model,)
+
+
+def _plain_generate(model: Any) -> Any:
+    return types.MethodType(type(model).generate, model)
+
+
+def attach(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    store: KVStore | None = None,
+    deterministic: bool = False,
+    cache_salt: str = "",
+    block_size: int = 256,
+    max_live: int = 3,
+    progress: Progress = "auto",
+) -> CachedModel:
+    """Make ``model.generate()`` itself keep and reuse KV; everything else of the model stays as it is.
+
+    Args:
+        model: A loaded transformers model (or a PEFT model around one).
+        tokenizer: See `CachedModel`, like all further arguments.
+        store: Where blocks are kept.
+        deterministic: Reuse only what makes a call bit-identical to a cold one.
+        cache_salt: Isolates callers.
+        block_size: Tokens of a block.
+        max_live: Caches of recent sequences kept whole in memory.
+        progress: Progress of long prefills.
+
+    Returns:
+        The model's cache: for ``usage``, ``lookup``, ``explain`` and the rest. `detach` closes it.
+
+    Raises:
+        ConfigError: Something is attached already, or an option cannot work.
+    """
+    if attached(model) is not None:
+        raise ConfigError("this model has a cache attached already: detach(model) first")
+    cached = CachedModel(
+        model,
+        tokenizer,
+        store=store,
+        deterministic=deterministic,
+        cache_salt=cache_salt,
+        block_size=block_size,
+        max_live=max_live,
+        progress=progress,
+    )
+    model.generate = _AttachedGenerate(cached)
+    return cached
+
+
+def attached(model: Any) -> CachedModel | None:
+    """Return the cache attached to a model, or None."""
+    generate = vars(model).get("generate")
+    return generate.cached if isinstance(generate, _AttachedGenerate) else None
+
+
+def detach(model: Any) -> None:
+    """Give a model its own ``generate()`` back, and close the cache; what was stored stays stored.
+
+    Raises:
+        ConfigError: Nothing is attached.
+    """
+    cached = attached(model)
+    if cached is None:
+        raise ConfigError("nothing is attached to this model")
+    del model.generate
+    cached.close()

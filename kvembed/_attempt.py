@@ -1,0 +1,129 @@
+"""One attempt at a call: what was asked, what it has so far, and what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvembed._errors import StoreClosedError
+from kvembed._usage import Usage
+
+if TYPE_CHECKING:
+    import threading
+
+    from kvembed._call import Watch
+    from kvembed._keys import TokenIds
+    from kvembed._live import LiveSequence
+    from kvembed._matching import Match
+    from kvembed._progress import Progress
+    from kvembed._restore import Restore
+    from kvembed._wrapped import WrappedModel
+
+__all__ = ["Attempt", "Request", "prefill_usage", "usage_of"]
+
+_RATE_TOKENS = 64  # a prefill rate is believed when at least this many tokens were computed
+
+
+@dataclass
+class Request:
+    """What the caller of ``generate()`` asked for.
+
+    Args:
+        inputs: First positional argument of ``generate()``.
+        generation_config: Second one.
+        kwargs: All others.
+        deterministic: Reuse only what makes the call bit-identical to a cold one.
+        progress: Who wants to see a long prefill.
+        cancel: Set to stop after the current token.
+        began: ``time.perf_counter()`` when the call came in.
+    """
+
+    inputs: Any
+    generation_config: Any
+    kwargs: dict[str, Any]
+    deterministic: bool
+    progress: Progress
+    cancel: threading.Event | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class Attempt:
+    """State of one attempt, filled as it goes."""
+
+    ids: TokenIds
+    match: Match
+    sequence: LiveSequence
+    restore: Restore | None
+    tiers: dict[str, int]
+    why: str | None = None
+    stored: int = 0
+    copies: int = 1
+
+
+def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, deterministic: bool) -> Usage:
+    """Return what computing one prompt cost, without a generation."""
+    total = time.perf_counter() - began
+    computed = len(attempt.ids) - sum(attempt.tiers.values())
+    rate = _rate(wrapped, computed, total, attempt.restore)
+    return Usage(
+        prompt_tokens=len(attempt.ids),
+        cached_tokens_by_tier=attempt.tiers,
+        lookup_s=attempt.match.seconds,
+        restore_s=attempt.restore.seconds if attempt.restore is not None else 0.0,
+        prefill_s=total - attempt.match.seconds,
+        total_s=total,
+        prefill_tokens_per_second=rate,
+        deterministic=deterministic,
+        stored_tokens=attempt.stored,
+    )
+
+
+def _rate(wrapped: WrappedModel, computed: int, seconds: float, restore: Restore | None) -> float | None:
+    if computed < _RATE_TOKENS or restore is not None or seconds <= 0:
+        return None
+    rate = computed / seconds
+    wrapped.note_prefill_rate(rate)
+    return rate
+
+
+def usage_of(
+    wrapped: WrappedModel, request: Request, attempts: list[Attempt], watch: Watch, completion_tokens: int
+) -> Usage:
+    """Return what a generation cost, over all rows of its batch."""
+    now = time.perf_counter()
+    first = watch.first_token_at if watch.first_token_at is not None else now
+    ttft = first - request.began
+    # A restore overlaps with the compute, so its seconds are not taken off the prefill's.
+    restores = [attempt.restore for attempt in attempts if attempt.restore is not None]
+    restore_s = min(sum(restore.seconds for restore in restores), ttft)
+    lookup_s = sum(attempt.match.seconds for attempt in attempts)
+    prefill_s = max(0.0, ttft - lookup_s)
+    tiers = Counter[str]()
+    for attempt in attempts:
+        tiers.update(attempt.tiers)
+    cached = sum(tiers.values())
+    prompt = sum(len(attempt.ids) for attempt in attempts)
+    rate = known = None
+    with contextlib.suppress(StoreClosedError):
+        rate = _rate(wrapped, prompt - cached, prefill_s, restores[0] if restores else None)
+        known = wrapped.prefill_rate
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion_tokens,
+        cached_tokens_by_tier=dict(tiers),
+        lookup_s=lookup_s,
+        restore_s=restore_s,
+        prefill_s=prefill_s,
+        decode_s=now - first,
+        ttft_s=ttft,
+        total_s=now - request.began,
+        prefill_tokens_per_second=rate,
+        saved_s=cached / known - restore_s if known and cached else None,
+        miss_reason=next((attempt.why for attempt in attempts if attempt.why), None),
+        deterministic=request.deterministic,
+        stored_tokens=sum(attempt.stored for attempt in attempts),
+    )

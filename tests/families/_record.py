@@ -1,0 +1,107 @@
+"""What the tests of this folder found out, family by family and mode by mode, for ``docs/support-matrix.md``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["PAGE", "FamilyResult", "ModeResult", "Record", "render"]
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support-matrix.md"
+
+_HEAD = """# Support matrix
+
+Written by the tests (`pytest tests/families --support-matrix=write`); a test fails when it is out of date. All
+figures are of tiny random models in float32 on a CPU, transformers {transformers}.
+
+**Text**: greedy tokens of cold, live, cpu and disk tier equal those of plain transformers, at turn ends and at cuts in
+the middle of a block. **Bits**: a warm call that reuses up to a block edge has the logits of a cold one, bit for bit.
+**Reuse**: *tokens* means that any prefix is good; *snapshots* that a prompt is taken up at the nearest stored state
+(the end of a turn or document, and block edges now and then); *steps* that it is, and goes on one token at a time,
+because transformers is wrong with several. Each family is also run with its restored cache damaged, and the logits
+have to show it.
+
+Families that are refused are passed through to transformers unchanged; `usage.bypass_reason` and
+`kvembed doctor MODEL` give the reason. A model of a family that is not listed is tried out when it is wrapped, like all
+of these were.
+"""
+
+
+@dataclass
+class FamilyResult:
+    """One family.
+
+    Args:
+        name: transformers' model type, or a variant of it.
+        layers: What its cache layers hold.
+        reuse: ``"tokens"``, ``"snapshots"`` or ``"steps"``; empty when refused.
+        text: Whether the text agreed.
+        bits: Whether the bits agreed.
+        reason: Why it is refused.
+    """
+
+    name: str
+    layers: str = ""
+    reuse: str = ""
+    text: bool = False
+    bits: bool = False
+    reason: str = ""
+
+
+@dataclass
+class ModeResult:
+    """One way of generating: for each kind of model ``"reused"`` or the reason why not."""
+
+    name: str
+    outcomes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """Everything found in one run."""
+
+    families: dict[str, FamilyResult] = field(default_factory=dict)
+    modes: dict[str, ModeResult] = field(default_factory=dict)
+
+    def family(self, name: str) -> FamilyResult:
+        """Return the entry of a family, made when it is new."""
+        return self.families.setdefault(name, FamilyResult(name))
+
+    def mode(self, name: str) -> ModeResult:
+        """Return the entry of a mode, made when it is new."""
+        return self.modes.setdefault(name, ModeResult(name))
+
+
+def family_row(result: FamilyResult) -> str:
+    """Return one line of the table of families."""
+    if result.reason:
+        return f"| {result.name} | | refused | | | {result.reason} |"
+    text, bits = ("yes" if ok else "NO" for ok in (result.text, result.bits))
+    return f"| {result.name} | {result.layers} | {result.reuse} | {text} | {bits} | |"
+
+
+def mode_row(result: ModeResult, kinds: list[str]) -> str:
+    """Return one line of the table of modes."""
+    return f"| {result.name} | " + " | ".join(result.outcomes.get(kind, "") for kind in kinds) + " |"
+
+
+def render(record: Record, transformers_version: str) -> str:
+    """Return the whole page."""
+    served = [r for r in record.families.values() if not r.reason]
+    refused = [r for r in record.families.values() if r.reason]
+    kinds = sorted({kind for mode in record.modes.values() for kind in mode.outcomes})
+    lines = [_HEAD.format(transformers=transformers_version)]
+    lines += [
+        f"{len(served)} families are served exactly, {len(refused)} refused by name.\n",
+        "## Families\n",
+        "| family | cache layers | reuse | text | bits | why not |",
+        "|---|---|---|---|---|---|",
+        *(family_row(r) for r in sorted([*served, *refused], key=lambda r: r.name)),
+        "\n## Ways of generating\n",
+        "On a full-attention, a sliding-window and a linear hybrid family; *reused* was compared with plain",
+        "transformers from every tier, with the same seed where tokens are sampled.\n",
+        "| mode | " + " | ".join(kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+        *(mode_row(mode, kinds) for mode in record.modes.values()),
+    ]
+    return "\n".join(lines) + "\n"

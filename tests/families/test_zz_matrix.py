@@ -1,0 +1,22 @@
+"""The committed support matrix says what this run found. Last in this folder by name, so that everything has run."""
+
+from __future__ import annotations
+
+import pytest
+
+from ._record import PAGE, Record, family_row, mode_row
+
+
+def test_the_support_matrix_is_current(record: Record, request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--support-matrix") == "write":
+        pytest.skip("it is written at the end of this run")
+    if not record.families and not record.modes:
+        pytest.skip("nothing of this folder ran before")
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    kinds = next(line for line in lines if line.startswith("| mode | ")).strip("| ").split(" | ")[1:]
+    for family in record.families.values():
+        if family.reason or (family.text and family.bits):  # a run of single tests leaves gaps
+            assert family_row(family) in lines
+    for mode in record.modes.values():
+        if set(mode.outcomes) == set(kinds):
+            assert mode_row(mode, kinds) in lines
