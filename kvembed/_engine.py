@@ -338,7 +338,8 @@ class Engine:
             for layer in hf.layers_of(sequence.cache):
                 layer.captured = sequence.captured
         rest = ids[sequence.captured :]
-        if tail and len(rest) >= PROBE_TOKENS:
+        # Where a state is good at one position only, the last few tokens before it are worth a block too.
+        if tail and len(rest) >= (1 if sequence.has_state else PROBE_TOKENS):
             parent = self._parent(sequence, sequence.captured)
             known = self.store.find_tail(parent, rest)
             if known is None or known[1] < len(rest):

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvembed._keys import PROBE_TOKENS, chain_keys
+from kvembed._keys import PROBE_TOKENS, block_key, chain_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +137,7 @@ class Matcher:
         blocks: list[StoredBlock] = []
         tail = snapshot = None
         if live_tokens < len(wanted):
-            blocks, tail = self._stored(root, keys, wanted, size, live_tokens, deterministic)
+            blocks, tail = self._stored(root, keys, wanted, spec, live_tokens, deterministic)
         if spec.has_state:
             blocks, tail, snapshot = self._up_to_snapshot(
                 root, keys, wanted, snapshots, blocks, tail, size, deterministic
@@ -164,14 +164,21 @@ class Matcher:
         return found
 
     def _stored(
-        self, root: bytes, keys: list[bytes], wanted: TokenIds, size: int, live_tokens: int, deterministic: bool
+        self, root: bytes, keys: list[bytes], wanted: TokenIds, spec: CacheSpec, live_tokens: int, deterministic: bool
     ) -> tuple[list[StoredBlock], tuple[StoredBlock, int] | None]:
         """Return the stored full blocks from the start, and the block after them that shares the most tokens."""
         blocks = self._store.lookup(keys, exact_only=deterministic)
-        rest = wanted[len(blocks) * size :]
-        if deterministic or len(rest) < PROBE_TOKENS or len(wanted) <= live_tokens:
+        rest = wanted[len(blocks) * spec.block_size :]
+        if deterministic or not len(rest) or len(wanted) <= live_tokens:
             return blocks, None
-        return blocks, self._store.find_tail(keys[len(blocks) - 1] if blocks else root, rest)
+        parent = keys[len(blocks) - 1] if blocks else root
+        tail = self._store.find_tail(parent, rest) if len(rest) >= PROBE_TOKENS else None
+        if tail is None and spec.has_state:
+            # Shorter than what tails are found by: by their names.
+            short = [block_key(parent, rest[:n]) for n in range(1, min(PROBE_TOKENS, len(rest) + 1))]
+            found = [(stored, n) for n, stored in enumerate(self._store.known(short), start=1) if stored is not None]
+            tail = found[-1] if found else None
+        return blocks, tail
 
     @staticmethod
     def _up_to_snapshot(

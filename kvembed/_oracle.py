@@ -142,7 +142,7 @@ def _starts_over(model: Any) -> bool:
 
 def _with_windows(trial: _Trial, found: _Found, limit: float) -> _Found:
     """Repeat the trial where windows matter; return the worse result."""
-    windows = [rows.window for _, rows in trial.spec.rows() if rows.window is not None]
+    windows = _windows(trial.model)
     if not windows or min(windows) < 2 * _STEP:
         return found
     with _short_windows(trial.model) as changed:
@@ -156,6 +156,12 @@ def _with_windows(trial: _Trial, found: _Found, limit: float) -> _Found:
     return trial.run(trial_ids(trial.model, tokens), stepwise=False)
 
 
+def _windows(model: Any) -> set[int]:
+    """Return the windows of a new cache's layers, also of kinds nobody described."""
+    windows = {getattr(layer, "sliding_window", None) for layer in hf.new_stock_cache(model.config).layers}
+    return {window for window in windows if isinstance(window, int)}
+
+
 @contextmanager
 def _short_windows(model: Any) -> Iterator[bool]:
     """Set the windows in the model's config to a few tokens; yield whether its caches follow."""
@@ -164,8 +170,7 @@ def _short_windows(model: Any) -> Iterator[bool]:
     try:
         for name in saved:
             setattr(config, name, _WINDOW)
-        windows = {getattr(layer, "sliding_window", None) for layer in hf.new_stock_cache(model.config).layers}
-        yield bool(saved) and windows <= {None, _WINDOW}
+        yield bool(saved) and _windows(model) <= {_WINDOW}
     finally:
         for name, value in saved.items():
             setattr(config, name, value)

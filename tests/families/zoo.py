@@ -109,4 +109,5 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
         else:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # where the configuration needs one
+    model.config.use_cache = model.generation_config.use_cache = True  # MPT leaves it off
     return model.eval()
