@@ -5,12 +5,12 @@ tokens at once, and then both are wrong together. So the trial compares with one
 input, which never continues anything:
 
 1. one plain forward of transformers, its own cache and attention;
-2. the same with the grouped attention path: used only if the logits are equal, to the bit or, in float32, to rounding;
-3. the same input in small blocks through our layers: logits equal to rounding, cache length right;
-4. the last block again on a cache restored from captured bytes: logits equal bit for bit to 3;
-5. no buffer of the model changed meanwhile (state kept on modules cannot be restored).
+2. the same input in two pieces through our layers and the grouped attention path: logits equal to rounding, cache
+   length right (else once more without that path);
+3. the last piece again on a cache restored from captured bytes: logits equal bit for bit to 2;
+4. no buffer of the model changed meanwhile (state kept on modules cannot be restored).
 
-A window longer than the trial would never be felt in it. So for a model with windows 1, 3 and 4 are repeated with the
+A window longer than the trial would never be felt in it. So for a model with windows 1 to 3 are repeated with the
 window in its config set to a few tokens while the trial runs; where that disagrees (the window may be written
 elsewhere too), once more with the real window and an input that is longer.
 """
@@ -49,7 +49,7 @@ _TOKENS = 2 * _STEP + _LAST
 _WINDOW = _STEP + 1
 _MOST_TOKENS = 8192
 _MAX_RELATIVE_ERROR = 1e-3
-_MAX_ROUNDING = 1e-5
+_MAX_ROUNDING = 5e-5
 _MAX_RELATIVE_ERROR_HALF = 2e-2
 _WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
 _START_OVER = frozenset({"MambaMixer", "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer"})
@@ -88,27 +88,43 @@ def run_oracle(model: Any, spec: CacheSpec, switch: AttentionSwitch, forward: Fo
         switch: Turns the grouped attention path on.
         forward: ``forward(ids, start, cache, last)`` runs the model and returns the logits of the ``last`` tokens.
     """
-    ids = trial_ids(model)
     before = _state(model)
-    plain = forward(ids, 0, hf.new_stock_cache(model.config), _LAST)
-    in_two = _in_two(model, ids, 2 * _STEP, forward)
-    with switch.active():
-        grouped = forward(ids, 0, hf.new_stock_cache(model.config), _LAST)
-        grouped_in_two = _in_two(model, ids, 2 * _STEP, forward)
-    switch.enabled = switch.enabled and _same(model, plain, grouped) and _same(model, in_two, grouped_in_two)
-
     limit = _MAX_RELATIVE_ERROR if _is_precise(model) else _MAX_RELATIVE_ERROR_HALF
     trial = _Trial(model, spec, switch, forward)
     stepwise = spec.has_state and _starts_over(model)
-    found = trial.run(ids, stepwise=stepwise)
+    found = _with_grouped_path(trial, stepwise)
     if not found.error <= limit and spec.has_state and not stepwise:
         # Some recurrent layers start from zero whenever they get several tokens; one at a time they are right.
-        stepped = trial.run(ids, stepwise=True)
+        stepped = trial.run(trial_ids(model), stepwise=True)
         if stepped.error <= limit:
             found, stepwise = stepped, True
     if found.error <= limit and not stepwise:
         found = _with_windows(trial, found, limit)
     return OracleVerdict(_reason(found, limit, before, model), switch.enabled, found.error, stepwise)
+
+
+def _with_grouped_path(trial: _Trial, stepwise: bool) -> _Found:
+    """Run the trial with the grouped attention path, and without it where that is not right; leave the switch so.
+
+    In float32 the path may differ from transformers' by rounding, and the trial itself shows that. In shorter types
+    rounding hides too much: there the path has to give transformers' bits, in one forward and in a continuation.
+    """
+    model, switch, forward, ids = trial.model, trial.switch, trial.forward, trial_ids(trial.model)
+    if not _is_precise(model):
+        plain = forward(ids, 0, hf.new_stock_cache(model.config), _LAST)
+        in_two = _in_two(model, ids, 2 * _STEP, forward)
+        with switch.active():
+            same = torch.equal(plain, forward(ids, 0, hf.new_stock_cache(model.config), _LAST))
+            switch.enabled = switch.enabled and same and torch.equal(in_two, _in_two(model, ids, 2 * _STEP, forward))
+        return trial.run(ids, stepwise=stepwise)
+    found = trial.run(ids, stepwise=stepwise)
+    if switch.enabled and not found.error <= _MAX_ROUNDING:
+        switch.enabled = False
+        without = trial.run(ids, stepwise=stepwise)
+        # The path is not to blame for an error that stays.
+        switch.enabled = not without.error < found.error / 2
+        return found if switch.enabled else without
+    return found
 
 
 def _reason(found: _Found, limit: float, before: list[tuple[str, torch.Tensor]], model: Any) -> str | None:
@@ -122,13 +138,6 @@ def _reason(found: _Found, limit: float, before: list[tuple[str, torch.Tensor]],
     if not _same_state(before, _state(model)):
         return "the model keeps state on its modules, which cannot be restored"
     return None
-
-
-def _same(model: Any, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True when two attention paths agree: to rounding in float32, where the grouped one merges; else to the bit."""
-    if not _is_precise(model):
-        return torch.equal(a, b)
-    return float((a - b).abs().max()) <= _MAX_ROUNDING * float((a.max() - a.min()).abs())
 
 
 def _is_precise(model: Any) -> bool:
@@ -210,7 +219,7 @@ class _Trial:
         plain = self.forward(ids, 0, hf.new_stock_cache(self.model.config), _LAST)
         cache = hf.new_cache(self.spec, self.model.config, n)
         with self.switch.active():
-            step = edge if stepwise else max(_STEP, edge // 16)
+            step = edge if stepwise or edge == 2 * _STEP else edge // 16
             for start in range(0, edge, step):
                 self.forward(ids[:, start : min(edge, start + step)], start, cache, 1)
             data = hf.capture(cache, self.spec.layout, *self._kept(cache, edge))
