@@ -77,6 +77,7 @@ class Runner:
         if refusal is None:
             try:
                 self.engine.check_identity()
+                self.engine.wrapped.forget_media()
                 refusal = self.engine.refusal  # the model may have been changed into one that cannot be served
             except StoreClosedError:
                 refusal = _CLOSED

@@ -111,6 +111,16 @@ class WrappedModel:
                 self._store.set_note(digest, "oracle", vars(self.verdict))
         self.refusal = self.verdict.reason
 
+    def forget_media(self) -> None:
+        """Drop what an earlier call with pictures left on the modules.
+
+        Qwen-VL models keep how far an image moved the positions, and add it to those of any later call whose cache
+        is not empty: a text call of ours after an image call of the user's.
+        """
+        for module in self.model.modules():
+            if getattr(module, "rope_deltas", None) is not None:
+                module.rope_deltas = None
+
     @property
     def wide_steps(self) -> bool | None:
         """Whether one forward of several blocks gives the bits of one forward each; None when nobody has looked."""

@@ -182,6 +182,28 @@ def test_a_corrupted_cache_is_seen(name: str, tmp_path: Path) -> None:
         cached.close()
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1", "mamba2", "lfm2"])
+def test_a_follow_up_on_a_long_chat_computes_only_the_new_turn(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    chat = _ids(2003, 1)
+    with KVStore(tmp_path / "store", max_cpu_bytes=64 << 20) as store:
+        cached = CachedModel(model, store=store, progress=False)
+        for turn, tier in enumerate(("cold", "live", "cpu", "disk")):
+            if tier not in ("cold", "live"):
+                _leave_only(cached, tier)
+            reply = _generate(cached, chat)
+            assert reply == _generate(model, chat)
+            if tier != "cold":
+                assert cached.usage.computed_tokens == 21, cached.usage  # the new turn, and the reply's last token
+                assert set(cached.usage.cached_tokens_by_tier) == {tier}
+            chat = torch.cat([torch.tensor([reply]), _ids(20, 2 + turn)], dim=1)
+        store.flush()
+        # Snapshots cost about as much as the blocks, or one for eight of them.
+        sizes = [info.nbytes for info in _blocks(store)]
+        assert len(sizes) < 60
+        cached.close()
+
+
 def test_hybrid_models_store_snapshots_and_others_none(tmp_path: Path) -> None:
     for name, expected in (("llama", False), ("mistral", False), ("qwen3_next", True), ("mamba2", True)):
         with KVStore(tmp_path / name) as store:
