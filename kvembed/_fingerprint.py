@@ -29,7 +29,7 @@ import xxhash
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FORMAT", "Fingerprint", "describe_difference", "weights_checksum"]
+__all__ = ["FORMAT", "Fingerprint", "adapter_refusal", "describe_difference", "weights_checksum"]
 
 FORMAT = 1
 """Version of the KV byte format; a new one makes every older block a miss."""
@@ -103,6 +103,36 @@ def _config_text(config: Any) -> str:
     return json.dumps(fields, sort_keys=True, default=str)
 
 
+_Named = tuple[str, torch.nn.Module]
+_State = tuple[Any, ...]
+_ADAPTER_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
+def _walk(model: torch.nn.Module) -> list[_Named]:
+    """Return what ``named_modules()`` does, without a generator inside a generator at every level."""
+    found: list[_Named] = []
+    seen: set[int] = set()
+    stack: list[_Named] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((name, module))
+        children = module._modules
+        if children:
+            prefix = name + "." if name else ""
+            stack.extend([(prefix + key, child) for key, child in children.items() if child is not None][::-1])
+    return found
+
+
+def _tensors_of(modules: list[_Named]) -> list[torch.Tensor]:
+    """Return all parameters and buffers once."""
+    tensors = [t for _, module in modules for t in module._parameters.values()]
+    tensors += [t for _, module in modules if module._buffers for t in module._buffers.values()]
+    return list({id(t): t for t in tensors if t is not None}.values())
+
+
 def _hook_ids(module: torch.nn.Module) -> list[int]:
     """Return the handle ids of hooks that may change a forward; torch gives each out once in a process."""
     # transformers' recorders only look on, and stay for good after one call that asked for hidden states.
@@ -110,31 +140,65 @@ def _hook_ids(module: torch.nn.Module) -> list[int]:
     return ids + list(module._forward_pre_hooks)
 
 
-def _module_states(model: torch.nn.Module, hook_salt: str) -> str:
-    """Class, mode, hooks and adapter switches of every module: what changes a forward without changing a weight.
+def _switches(own: dict[str, Any]) -> str | None:
+    """Return the adapter switches among a module's attributes, or None."""
+    if "_disable_adapters" not in own and "_active_adapter" not in own:
+        return None
+    return repr({key: own[key] for key in _ADAPTER_SWITCHES if key in own})
 
-    Args:
-        model: The model.
-        hook_salt: Enters where there are hooks. What a hook computes cannot be read from outside, so KV made
-            with one serves nobody else, least of all another process whose hook may be another.
+
+def _own_forward(own: dict[str, Any]) -> Any:
+    """Return the function that replaces a module's forward, or None; accelerate's only moves tensors."""
+    forward = own.get("forward")
+    return None if forward is None or "_hf_hook" in own else forward
+
+
+def _module_states(modules: list[_Named]) -> list[_State]:
+    """Return class, mode, hooks, forward and adapter switches of every module.
+
+    They change a forward without changing a weight. The functions themselves are kept, so that one that took the
+    place, and perhaps the name and the address, of another is seen.
     """
-    parts = []
-    for name, module in model.named_modules():
-        entry = f"{name}:{type(module).__qualname__}{':training' if module.training else ''}"
-        if (module._forward_hooks or module._forward_pre_hooks) and (ids := _hook_ids(module)):
-            entry += f":hooks {ids} {hook_salt}"
-        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # accelerate's only moves tensors
-            forward = module.__dict__["forward"]
-            entry += f":forward {getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', forward)}"
-        adapter = {
-            key: repr(module.__dict__[key])
-            for key in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-            if key in module.__dict__
-        }
-        if adapter:
-            entry += f":{adapter}"
-        parts.append(entry)
-    return "\n".join(parts)
+    return [
+        (module, type(module), own["training"], _hook_ids(module), _own_forward(own), _switches(own))
+        for module, own in ((module, module.__dict__) for _, module in modules)
+    ]
+
+
+def _same_states(states: list[_State]) -> bool:
+    """True when every module is in the state it was in.
+
+    Nothing is allocated for most modules: thousands of new tuples would wake the garbage collector, which costs more.
+    """
+    for module, kind, training, hooks, forward, switches in states:
+        own = module.__dict__
+        if type(module) is not kind or own["training"] is not training:
+            return False
+        if (own["_forward_hooks"] or own["_forward_pre_hooks"] or hooks) and _hook_ids(module) != hooks:
+            return False
+        if (forward is not None or "forward" in own) and _own_forward(own) != forward:
+            return False
+        if (switches is not None or "_active_adapter" in own) and _switches(own) != switches:
+            return False
+    return True
+
+
+def adapter_refusal(model: torch.nn.Module) -> str | None:
+    """Return why an active adapter keeps a model from being served, or None.
+
+    An activated LoRA (aLoRA) starts at a phrase that PEFT looks for in the whole prompt. A step of a prefill sees only
+    a piece of the prompt, so there it would start elsewhere.
+    """
+    for module in model.modules():
+        own = module.__dict__
+        variants = own.get("lora_variant")
+        if not variants or own.get("_disable_adapters"):
+            continue
+        active = own.get("_active_adapter") or []
+        for name in [active] if isinstance(active, str) else active:
+            if type(variants.get(name)).__name__.startswith("ALora"):
+                return f"adapter {name!r} is an activated LoRA, which depends on where a phrase is in the prompt"
+    return None
 
 
 def _adapters(model: torch.nn.Module) -> str:
@@ -161,7 +225,8 @@ class Fingerprint:
 
     def __init__(self, model: Any, attn_implementation: str, cache_kinds: list[str], block_size: int) -> None:
         self._model = model
-        self._hook_salt = os.urandom(8).hex()
+        self._salt = os.urandom(8).hex()
+        self._patches: list[Any] = []
         self._extra = (attn_implementation, cache_kinds, block_size)
         self._compute()
 
@@ -171,13 +236,17 @@ class Fingerprint:
         quantisation = getattr(model.config, "quantization_config", None)
         device = next(iter(_tensors(model)))[1].device
         processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
-        config = _config_text(model.config)
+        self._modules = _walk(model)
+        self._tree = [(module, dict(module._modules)) for _, module in self._modules]
+        self._states = _module_states(self._modules)
+        self._classes = {type(module): type(module).forward for _, module in self._modules}
+        self._config = _config_text(model.config)
         self.fields: dict[str, str] = {
             "weights": weights_checksum(model),
             "model_class": type(model).__qualname__,
             "name": str(getattr(model.config, "_name_or_path", "")),
-            "config": blake3.blake3(config.encode()).hexdigest()[:32],
-            "modules": blake3.blake3(_module_states(model, self._hook_salt).encode()).hexdigest()[:32],
+            "config": blake3.blake3(self._config.encode()).hexdigest()[:32],
+            "modules": blake3.blake3(self._states_text().encode()).hexdigest()[:32],
             "adapters": _adapters(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": attn,
@@ -195,15 +264,36 @@ class Fingerprint:
         self.digest = blake3.blake3(json.dumps(identity, sort_keys=True).encode()).digest()
         self._remember()
 
+    def _states_text(self) -> str:
+        """Write the states down, for the digest.
+
+        What a hook computes cannot be read from outside, nor can a function made on the spot: KV made with one serves
+        nobody else, least of all another process whose function may be another. So a salt enters with them.
+        """
+        parts = [f"{kind.__qualname__}.forward is {_full_name(forward)}" for kind, forward in self._classes.items()]
+        for (name, _), (_, kind, training, hooks, forward, switches) in zip(self._modules, self._states, strict=True):
+            entry = f"{name}:{kind.__qualname__}{':training' if training else ''}"
+            if hooks:
+                entry += f":hooks {hooks} {self._salt}"
+            if forward is not None:
+                entry += f":forward {self._patch_name(forward)}"
+            parts.append(f"{entry}:{switches}" if switches else entry)
+        return "\n".join(parts)
+
+    def _patch_name(self, forward: Any) -> str:
+        """Name a function set on one module: its own name if it can be imported by it, else a name in this process."""
+        name = _full_name(forward)
+        if "<" not in name and not name.startswith("."):
+            return name
+        if forward not in self._patches:
+            self._patches.append(forward)
+        return f"{name} {self._patches.index(forward)} {self._salt}"
+
     def _remember(self) -> None:
-        tensors = [t for _, t in _tensors(self._model)]
-        self._modules = list(self._model.modules())
-        self._seen = self._scan(tensors)
+        tensors = _tensors_of(self._modules)
+        self._seen = _scan(tensors)
         self._views = [_sample_view(t) for t in tensors]
         self._sample = self._sampled()
-
-    def _scan(self, tensors: list[torch.Tensor]) -> list[tuple[int, int, int]]:
-        return [(id(t), _version(t), t.data_ptr() if t.device.type != "meta" else 0) for t in tensors]
 
     def _sampled(self) -> int:
         return xxhash.xxh3_64_intdigest(b"".join(v.tobytes() for v in self._views if v is not None))
@@ -217,19 +307,31 @@ class Fingerprint:
         """
         if attn_implementation != self._extra[0]:
             return True
-        now = [t for _, t in _tensors(self._model)] if tensors else []
-        if tensors and (self._scan(now) != self._seen or self._sampled() != self._sample):
+        # Adapters make thousands of modules: to look whether the tree is the same is much cheaper than to walk it.
+        if any(module._modules != children for module, children in self._tree):
             return True
-        fields = self.fields
-        return (
-            blake3.blake3(_module_states(self._model, self._hook_salt).encode()).hexdigest()[:32] != fields["modules"]
-            or blake3.blake3(_config_text(self._model.config).encode()).hexdigest()[:32] != fields["config"]
-        )
+        if tensors and (_scan(_tensors_of(self._modules)) != self._seen or self._sampled() != self._sample):
+            return True
+        if not _same_states(self._states) or any(kind.forward is not f for kind, f in self._classes.items()):
+            return True
+        return _config_text(self._model.config) != self._config
 
     def refresh(self, attn_implementation: str) -> None:
         """Compute the full checksum again."""
         self._extra = (attn_implementation, *self._extra[1:])
         self._compute()
+
+
+def _full_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<unnamed>')}"
+
+
+def _scan(tensors: list[torch.Tensor]) -> list[list[int]]:
+    return [
+        [id(t) for t in tensors],
+        [_version(t) for t in tensors],
+        [t.data_ptr() if t.device.type != "meta" else 0 for t in tensors],
+    ]
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from kvembed import hf
 from kvembed._attention import AttentionSwitch
 from kvembed._errors import UnsupportedModelError
-from kvembed._fingerprint import Fingerprint
+from kvembed._fingerprint import Fingerprint, adapter_refusal
 from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class WrappedModel:
                 self.verdict = OracleVerdict(f"the trial failed ({type(error).__name__}: {error})", False, float("inf"))
             else:
                 self._store.set_note(digest, "oracle", vars(self.verdict))
-        self.refusal = self.verdict.reason
+        self.refusal = self.verdict.reason or adapter_refusal(self.model)
 
     def forget_media(self) -> None:
         """Drop what an earlier call with pictures left on the modules.
