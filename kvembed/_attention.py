@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
@@ -164,6 +163,9 @@ class AttentionSwitch:
             return
         with self._lock:
             if _NAME not in ALL_ATTENTION_FUNCTIONS:
+                # Here, because versions that are too old to be wrapped lack it, and have to be importable to say so.
+                from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
                 ALL_ATTENTION_FUNCTIONS.register(_NAME, grouped_attention_forward)
                 ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
             configs = self._configs()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvembed import hf
 from kvembed._attempt import Request
 from kvembed._document import Document
 from kvembed._engine import Engine
@@ -49,7 +50,7 @@ class CachedModel:
             terminals, or ``callable(done_tokens, all_tokens)``.
 
     Raises:
-        ConfigError: An option that cannot work.
+        ConfigError: An option that cannot work, or a transformers that is too old.
 
     Example:
         >>> model = CachedModel.from_pretrained("smollm2")  # doctest: +SKIP
@@ -69,6 +70,7 @@ class CachedModel:
         max_live: int = 3,
         progress: Progress = "auto",
     ) -> None:
+        hf.check_version()
         if not 8 <= block_size <= 4096:
             raise ConfigError(f"block_size must be between 8 and 4096 tokens, not {block_size}")
         if max_live < 0:
@@ -129,6 +131,7 @@ class CachedModel:
         """
         from kvembed._loading.load import load
 
+        hf.check_version()  # before anything is downloaded
         model, tokenizer, _ = load(name, dtype=dtype, **kwargs)
         return cls(
             model,

@@ -6,7 +6,7 @@ all layers. Ours are allocated once for the whole call, append in place and retu
 type of the cache but only calls the layers. A layer without keys and values of its own stays a stock one.
 
 Bytes move between blocks and layers after a forward, never inside ``update()``: a cache half-way through a forward
-is torn. Version differences of transformers end here too.
+is torn. What differs between versions of transformers is in ``_compat.py``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from kvembed.hf._caches import (
     states_nbytes,
     truncate,
 )
+from kvembed.hf._compat import CHUNKS_RESUME, check_version
 from kvembed.hf._layers import FullLayer, HybridLayer, HybridSlidingLayer, SlidingLayer
 
 __all__ = [
+    "CHUNKS_RESUME",
     "FullLayer",
     "HybridLayer",
     "HybridSlidingLayer",
@@ -38,6 +40,7 @@ __all__ = [
     "cache_nbytes",
     "capture",
     "capture_states",
+    "check_version",
     "common_length",
     "copy_prefix",
     "expand",

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvembed._cachespec import DTYPE_NAMES, CacheSpec, LayerSpec, RowsSpec
 from kvembed._errors import UnsupportedModelError
 from kvembed._memory import HostPool, host_buffer
 from kvembed._rows import as_bytes
 from kvembed._snapshot import decode_states, encode_states
-from kvembed.hf._compat import DummyLayer
+from kvembed.hf._compat import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from kvembed.hf._layers import HYBRIDS, FullLayer, SlidingLayer, state_attributes
 
 if TYPE_CHECKING:

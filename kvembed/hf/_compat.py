@@ -1,21 +1,90 @@
-"""What differs between the supported versions of transformers; everything else in kvembed is written for all of them.
+"""What differs between the supported versions of transformers; the rest of kvembed is written for all of them.
 
-Names are looked up rather than versions compared wherever that says the same, because a fork or a release made from the
-main branch may have one without the other.
+====== =============================================================================================================
+until  difference
+====== =============================================================================================================
+5.20   ``crop()`` of a stock layer takes a positive length too; ours hand it on. Nothing to do.
+5.21   chunked prefill starts over on a filled cache: `CHUNKS_RESUME`.
+5.23   layers without a cache of their own are empty linear ones, or missing at the end: no layer is a `DummyLayer`.
+====== =============================================================================================================
+
+Older versions than `OLDEST` may lack any of the layer classes. They are replaced by empty ones then, so that kvembed
+can still be imported and say what to install when a model is wrapped.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any, Final
 
-from transformers import cache_utils
+import transformers
 
-__all__ = ["DummyLayer"]
+from kvembed._errors import ConfigError
+
+__all__ = [
+    "CHUNKS_RESUME",
+    "OLDEST",
+    "DummyLayer",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "LinearAttentionLayer",
+    "check_version",
+]
+
+OLDEST: Final = (5, 19)
+"""The first version whose layers have ``is_croppable``; pyproject.toml says the same."""
 
 
-class _NoSuchLayer:
-    """Stands for a layer class this version does not have; no layer is one."""
+def _installed() -> str:
+    return transformers.__version__
 
 
-DummyLayer: Any = getattr(cache_utils, "DummyLayer", _NoSuchLayer)
-"""Layers that never hold anything. Before 5.22 they are empty linear ones, or left out of the cache."""
+def _is_before(version: tuple[int, int]) -> bool:
+    # "5.23.0.dev0" counts as 5.23.
+    return tuple(int(number) for number in re.findall(r"\d+", _installed())[:2]) < version
+
+
+def check_version() -> None:
+    """Raise when transformers is too old to be wrapped.
+
+    Raises:
+        ConfigError: It is; the message says what to install.
+    """
+    if _is_before(OLDEST):
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(
+            f"kvembed needs transformers {oldest} or later, and {_installed()} is installed: "
+            f"pip install 'transformers>={oldest},<6'"
+        )
+
+
+CHUNKS_RESUME: Final = not _is_before((5, 21))
+"""Whether ``prefill_chunk_size`` leaves out the tokens a cache holds already."""
+
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import (
+        DummyLayer,
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionLayer,
+    )
+else:
+    from transformers import cache_utils
+
+    def _class(name: str) -> Any:
+        return getattr(cache_utils, name, None) or type(name, (), {"__doc__": "Not in this version; no layer is one."})
+
+    DummyLayer = _class("DummyLayer")
+    DynamicCache = _class("DynamicCache")
+    DynamicLayer = _class("DynamicLayer")
+    DynamicSlidingWindowLayer = _class("DynamicSlidingWindowLayer")
+    LinearAttentionLayer = _class("LinearAttentionLayer")
+    LinearAttentionAndFullAttentionLayer = _class("LinearAttentionAndFullAttentionLayer")
+    LinearAttentionAndSlidingWindowAttentionLayer = _class("LinearAttentionAndSlidingWindowAttentionLayer")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import (
+from kvembed._errors import UnsupportedModelError
+from kvembed._rows import Rows
+from kvembed.hf._compat import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
-
-from kvembed._errors import UnsupportedModelError
-from kvembed._rows import Rows
 
 if TYPE_CHECKING:
     import torch
