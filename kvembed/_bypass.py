@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvembed import hf
+
 if TYPE_CHECKING:
     import torch
 
@@ -151,6 +153,8 @@ def _mode_reason(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> 
         return f"cache_implementation={value('cache_implementation')!r}"
     if value("num_beam_groups") not in (None, 1):
         return f"num_beam_groups={value('num_beam_groups')}"
+    if value("prefill_chunk_size") and not hf.CHUNKS_RESUME:
+        return "prefill_chunk_size: this version of transformers feeds the whole prompt again to a filled cache"
     for name in ("custom_generate",):
         if kwargs.get(name) is not None:
             return name

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, StoppingCriteriaList
 
-from kvembed import CacheBypassWarning, CachedModel, KVStore
+from kvembed import CacheBypassWarning, CachedModel, KVStore, hf
 
 from .zoo import build
 
@@ -84,7 +84,7 @@ MODES: dict[str, tuple[dict[str, Any], str | tuple[str, str, str]]] = {
     "max_length": ({"max_new_tokens": None, "max_length": PROMPT.shape[1] + 6}, ""),
     "max_time": ({"max_time": 60.0}, ""),
     "stopping_criteria": ({"stopping_criteria": StoppingCriteriaList([_StopAt()])}, ""),  # pyright: ignore[reportArgumentType]
-    "prefill_chunk_size": ({"prefill_chunk_size": 16}, ""),
+    "prefill_chunk_size": ({"prefill_chunk_size": 16}, "" if hf.CHUNKS_RESUME else "prefill_chunk_size"),
     "generation_config": ({"generation_config": GenerationConfig(max_new_tokens=7, do_sample=True)}, ""),
     "return_dict with scores and logits": (
         {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
