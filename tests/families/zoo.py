@@ -1,7 +1,7 @@
 """Tiny random models of every causal family of transformers, to try the cache on.
 
-`FAMILIES` names them; `build` makes one. Each takes a few milliseconds and holds well under a million
-weights. Their vocabulary is `zoo_shared.SHARED`'s: ids 0-249 are text, 256 pads, 257 begins, nothing ends.
+`FAMILIES` names those the installed version has; `build` makes one. Each takes a few milliseconds and holds well under
+a million weights. Their vocabulary is `zoo_shared.SHARED`'s: ids 0-249 are text, 256 pads, 257 begins, nothing ends.
 """
 
 from __future__ import annotations
@@ -85,7 +85,18 @@ def _config(row: Row) -> PreTrainedConfig:
     return config
 
 
-FAMILIES: dict[str, Family] = {row.name: Family(row.name, partial(_config, row), row.note) for row in ROWS}
+def _is_known(model_type: str, options: dict[str, Any]) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    nested = [value for value in options.values() if isinstance(value, Sub)]
+    return model_type in CONFIG_MAPPING and all(_is_known(sub.model_type, sub.options) for sub in nested)
+
+
+FAMILIES: dict[str, Family] = {
+    row.name: Family(row.name, partial(_config, row), row.note)
+    for row in ROWS
+    if _is_known(row.model_type, row.options)  # older versions lack some
+}
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
