@@ -7,11 +7,12 @@ READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-oldest lint format bench clean
 
 help:
 	@echo "make demo    a real model answers questions about a long document: cold, warm, and in a new process"
 	@echo "make test    lint, type check and tests"
+	@echo "make test-oldest  tests with the oldest transformers that is supported"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  format the sources"
 	@echo "make bench   cold against warm on this machine"
@@ -28,6 +29,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest:
+	PYTHON="$(PYTHON)" .ci/versions
 
 lint: $(READY)
 	$(BIN)/ruff check .
