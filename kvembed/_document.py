@@ -11,7 +11,7 @@ import torch
 
 from kvembed._errors import ConfigError, PromptError
 from kvembed._html import escape, mimebundle, panel
-from kvembed._keys import as_token_ids, block_key, chain_keys
+from kvembed._keys import as_token_ids, block_key, chain_keys, snapshot_key
 from kvembed._prompt import as_prompt, check_prompt, context_length, split_chat, tokenize
 from kvembed._stream import stream_text
 from kvembed._units import format_bytes, format_count
@@ -166,12 +166,15 @@ class Document:
         size, ids = engine.block_size, self.prefix_ids
         keys = chain_keys(engine.root, ids, size)
         parent, rest = keys[-1] if keys else engine.root, ids[len(keys) * size :]
+        name = block_key(parent, np.ascontiguousarray(rest)) if len(rest) else parent
+        if engine.spec.has_state:
+            return [*keys, name, snapshot_key(name)] if len(rest) else [*keys, snapshot_key(name)]
         # The last tokens may be the start of a longer block, of a conversation that went on from here.
         tail = self._model.store.find_tail(parent, rest)
         if tail is not None and tail[1] == len(rest):
             keys.append(tail[0].info.key)
         elif len(rest):
-            keys.append(block_key(parent, np.ascontiguousarray(rest)))  # still on its way to the disk
+            keys.append(name)  # still on its way to the disk
         return keys
 
     def pin(self) -> None:

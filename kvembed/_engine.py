@@ -342,7 +342,8 @@ class Engine:
         if tail and len(rest) >= (1 if sequence.has_state else PROBE_TOKENS):
             parent = self._parent(sequence, sequence.captured)
             known = self.store.find_tail(parent, rest)
-            if known is None or known[1] < len(rest):
+            # A state is the child of exactly its prefix, so that it can be forgotten with it.
+            if known is None or known[1] < len(rest) or sequence.has_state:
                 stored += self._put(sequence, sequence.captured, len(ids), False)
         if sequence.has_state and len(ids) > sequence.snapshot_at and (tail or self._snapshots.due(sequence)):
             self._snapshots.put(sequence, self._prefix_key(sequence))

@@ -49,6 +49,22 @@ def explain_prompt(
     def decode(tokens: list[int]) -> str:
         return tokenizer.decode(tokens) if tokenizer is not None else " ".join(map(str, tokens))
 
+    if found.without_state:
+        here, at = context(ids.tolist(), position, decode)
+        hint = (
+            f"The next {format_count(found.without_state)} tokens are stored, but this model can only go on where a "
+            "state was kept: at the end of a turn or document, and at some block edges."
+        )
+        return Explanation(
+            "diverged",
+            position,
+            len(ids),
+            position,
+            nearest_tokens=position + found.without_state,
+            here=here,
+            here_offset=at,
+            hint=hint,
+        )
     if position >= len(ids) - 1:
         return Explanation("hit", position, len(ids), position, nearest_tokens=position)
     lost = _lost(engine, found)
@@ -187,6 +203,8 @@ def miss_reason(engine: Engine, found: Match, ids: TokenIds, cached: int) -> str
     rest = len(ids) - cached
     if rest < _WORTH_SAYING:
         return None
+    if found.without_state >= _WORTH_SAYING:
+        return f"no recurrent state is stored for the {format_count(found.without_state)} tokens after {cached:,}"
     lost = _lost(engine, found)
     if lost is not None:
         return f"{lost} from token {format_count(cached)} on"

@@ -77,23 +77,81 @@ def _device_checksum(tensor: torch.Tensor) -> bytes:
 
 
 def weights_checksum(model: torch.nn.Module) -> str:
-    """Return a hex checksum over all bytes of all parameters and buffers."""
+    """Return a hex checksum over all bytes of all parameters and buffers, and of what modules keep beside them."""
     total = xxhash.xxh3_128()
-    for name, tensor in _tensors(model):
+
+    def add(name: str, tensor: torch.Tensor) -> None:
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.device.type == "meta":
             total.update(b"meta")
         elif tensor.device.type == "cpu":
-            plain = type(tensor.data) is torch.Tensor
-            total.update(_flat_bytes(tensor).data if plain else _opaque_bytes(tensor))
+            total.update(_flat_bytes(tensor).data)
         else:
             total.update(_device_checksum(tensor))
+
+    seen = set()
+    for name, tensor in _tensors(model):
+        seen.update((name, id(tensor)))
+        parts, text = _parts(tensor)
+        total.update(text.encode())
+        for part in parts:
+            add(name, part)
+    # Quantised layers keep scales, or all of their weights, where only their state_dict() shows them.
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in seen or id(value) in seen:
+            continue
+        if isinstance(value, torch.Tensor) and not value.is_quantized:
+            add(name, value)
+        else:
+            total.update(f"{name}|{_quantised_text(value)}".encode())
     return total.hexdigest()
 
 
-def _opaque_bytes(tensor: torch.Tensor) -> bytes:
-    """Bytes of a tensor subclass (packed quantised weights), by way of what it shows as values."""
-    return _flat_bytes(torch.as_tensor(tensor.dequantize() if hasattr(tensor, "dequantize") else tensor)).tobytes()
+def _quantised_text(value: Any) -> str:
+    """Write down what is not a plain tensor: weights that torch quantised itself, and settings."""
+    if isinstance(value, torch.Tensor):
+        data = _flat_bytes(value.dequantize())
+        return f"{value.dtype} {value.qscheme()} {tuple(value.shape)} {xxhash.xxh3_128_hexdigest(data.data)}"
+    if isinstance(value, tuple | list):
+        return str([_quantised_text(item) for item in value])
+    return str(value)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[list[torch.Tensor], str]:
+    """Return the plain tensors that a packed one is made of, and in words how.
+
+    Nothing of the whole shows an edit of its parts, neither version nor address; and what it shows as values does not
+    tell whether inputs are quantised too.
+    """
+    kind = type(tensor)
+    if kind in _PLAIN:
+        return [tensor], ""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, context = tensor.__tensor_flatten__()
+        inner = [_parts(getattr(tensor, name)) for name in names if getattr(tensor, name) is not None]
+        text = f"{kind.__qualname__}|{names}|{context}|{''.join(text for _, text in inner)}"
+        return [part for parts, _ in inner for part in parts], text
+    tensors, settings = _attached(tensor)
+    return [tensor, *tensors], f"{kind.__qualname__}|{settings}"
+
+
+def _attached(owner: Any) -> tuple[list[torch.Tensor], list[str]]:
+    """Return tensors and settings among the attributes of an object, and of objects there."""
+    tensors: list[torch.Tensor] = []
+    settings: list[str] = []
+    for name, value in sorted(vars(owner).items()):
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
+            settings.append(f"{name}={value}")
+        elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
+            more = _attached(value)
+            tensors += more[0]
+            settings += more[1]
+    return tensors, settings
 
 
 def _config_text(config: Any) -> str:
@@ -127,10 +185,19 @@ def _walk(model: torch.nn.Module) -> list[_Named]:
 
 
 def _tensors_of(modules: list[_Named]) -> list[torch.Tensor]:
-    """Return all parameters and buffers once."""
-    tensors = [t for _, module in modules for t in module._parameters.values()]
-    tensors += [t for _, module in modules if module._buffers for t in module._buffers.values()]
-    return list({id(t): t for t in tensors if t is not None}.values())
+    """Return all parameters and buffers once, packed ones as their parts."""
+    tensors = {id(t): t for _, module in modules for t in module._parameters.values()}
+    tensors |= {id(t): t for _, module in modules if module._buffers for t in module._buffers.values()}
+    found: list[torch.Tensor] = []
+    for tensor in tensors.values():
+        if type(tensor) in _PLAIN:
+            found.append(tensor)
+        elif tensor is not None:
+            found += _parts(tensor)[0]
+    for _, module in modules:
+        if "state" in module.__dict__ and type(module).__module__.startswith("bitsandbytes."):
+            found += _attached(module.__dict__["state"])[0]  # the scales of int8
+    return found
 
 
 def _hook_ids(module: torch.nn.Module) -> list[int]:
@@ -144,7 +211,8 @@ def _switches(own: dict[str, Any]) -> str | None:
     """Return the adapter switches among a module's attributes, or None."""
     if "_disable_adapters" not in own and "_active_adapter" not in own:
         return None
-    return repr({key: own[key] for key in _ADAPTER_SWITCHES if key in own})
+    # What is off and what was never set are the same.
+    return repr({key: own[key] for key in _ADAPTER_SWITCHES if own.get(key)})
 
 
 def _own_forward(own: dict[str, Any]) -> Any:

@@ -16,7 +16,17 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PROBE_TOKENS", "TokenIds", "as_token_ids", "block_key", "chain_keys", "probe_of", "root_key"]
+__all__ = [
+    "PROBE_TOKENS",
+    "SNAPSHOT_IDS",
+    "TokenIds",
+    "as_token_ids",
+    "block_key",
+    "chain_keys",
+    "probe_of",
+    "root_key",
+    "snapshot_key",
+]
 
 TokenIds = np.ndarray  # one-dimensional, int32, C-contiguous
 
@@ -62,3 +72,12 @@ def probe_of(parent: bytes, ids: TokenIds) -> bytes:
     indexed query however many children a block has, and no token id is written to the catalog.
     """
     return blake3.blake3(b"probe" + parent + ids[:PROBE_TOKENS].tobytes()).digest(length=8)
+
+
+SNAPSHOT_IDS: TokenIds = as_token_ids([-1])
+"""Stands where a block has its token ids in a snapshot of state; no token has a negative id."""
+
+
+def snapshot_key(prefix_key: bytes) -> bytes:
+    """Return the key of the snapshot of the state after the prefix named by ``prefix_key``, its only parent."""
+    return block_key(prefix_key, SNAPSHOT_IDS)

@@ -41,6 +41,7 @@ class Match:
         live_tier: What the tier of live sequences is called.
         seconds: Time the lookup took.
         snapshot: The state at the end of the stored prefix, for models that have one.
+        without_state: Tokens whose rows are stored, but after the last state that is.
     """
 
     root: bytes
@@ -53,6 +54,7 @@ class Match:
     live_tier: str
     seconds: float
     snapshot: StoredBlock | None = None
+    without_state: int = 0
 
     @property
     def tokens(self) -> int:
@@ -138,6 +140,7 @@ class Matcher:
         tail = snapshot = None
         if live_tokens < len(wanted):
             blocks, tail = self._stored(root, keys, wanted, spec, live_tokens, deterministic)
+        reach = len(blocks) * size + (tail[1] if tail else 0)
         if spec.has_state:
             blocks, tail, snapshot = self._up_to_snapshot(
                 root, keys, wanted, snapshots, blocks, tail, size, deterministic
@@ -156,8 +159,10 @@ class Matcher:
             blocks, tail = [], None
         if not blocks and tail is None:
             snapshot = None
+        seconds = time.perf_counter() - began
+        without_state = max(0, reach - max(stored_tokens, live_tokens)) if spec.has_state else 0
         found = Match(
-            root, keys, live, live_tokens, blocks, tail, size, self._live_tier, time.perf_counter() - began, snapshot
+            root, keys, live, live_tokens, blocks, tail, size, self._live_tier, seconds, snapshot, without_state
         )
         if stepwise and _STEPS_FOR_PREFIX * (len(ids) - found.tokens) > len(ids):
             return Match(root, keys, None, 0, [], None, size, self._live_tier, time.perf_counter() - began)

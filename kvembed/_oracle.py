@@ -26,9 +26,8 @@ import torch
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
 from kvembed._cachespec import CacheSpec
-from kvembed._keys import as_token_ids
+from kvembed._keys import SNAPSHOT_IDS, as_token_ids
 from kvembed._restore import Piece, Restore
-from kvembed._snapshot import SNAPSHOT_IDS
 from kvembed._tiers.cpu import MemorySource
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ import torch
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
 from kvembed._errors import PromptError
-from kvembed._keys import as_token_ids
-from kvembed._snapshot import SNAPSHOT_IDS
+from kvembed._keys import SNAPSHOT_IDS, as_token_ids
 from kvembed._tiers.cpu import MemorySource
 
 if TYPE_CHECKING:

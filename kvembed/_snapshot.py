@@ -20,18 +20,13 @@ import torch
 
 from kvembed._block import Layout, TensorSpec
 from kvembed._errors import UnsupportedModelError
-from kvembed._keys import as_token_ids, block_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvembed._keys import TokenIds
     from kvembed._tiers._base import BlockSource
 
-__all__ = ["SNAPSHOT_IDS", "decode_states", "encode_states", "snapshot_key"]
-
-SNAPSHOT_IDS: TokenIds = as_token_ids([-1])
-"""Stands where a block has its token ids; no token has a negative id."""
+__all__ = ["decode_states", "encode_states"]
 
 _VERSION = 1
 _TREE = "tree"
@@ -47,11 +42,6 @@ _STORED = {
     torch.bool: "U8",
 }
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORED}
-
-
-def snapshot_key(prefix_key: bytes) -> bytes:
-    """Return the key of the snapshot that belongs to the prefix named by ``prefix_key``."""
-    return block_key(prefix_key, SNAPSHOT_IDS)
 
 
 class _Writer:

@@ -13,8 +13,7 @@ import numpy as np
 
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
-from kvembed._keys import block_key
-from kvembed._snapshot import SNAPSHOT_IDS, snapshot_key
+from kvembed._keys import SNAPSHOT_IDS, block_key, snapshot_key
 
 if TYPE_CHECKING:
     from kvembed._cachespec import CacheSpec

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvembed._budgets import cpu_budget, disk_budget
 from kvembed._errors import ConfigError, StoreClosedError, StoreWarning
-from kvembed._keys import PROBE_TOKENS, probe_of
+from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
 from kvembed._store_admin import StoreAdmin
 from kvembed._store_types import PrefixEntry, ProblemLog, PruneReport, StoredBlock, StoreStats, VerifyReport
 from kvembed._tiers.cpu import CpuTier
@@ -259,7 +259,7 @@ class KVStore(StoreAdmin):
         return ids
 
     def children(self, parent: bytes) -> list[BlockInfo]:
-        """Return what is known of every stored block that follows ``parent``."""
+        """Return what is known of every stored block of tokens that follows ``parent``."""
         self._enter()
         found: dict[bytes, BlockInfo] = {}
         if self._disk is not None:
@@ -267,6 +267,7 @@ class KVStore(StoreAdmin):
                 found = {info.key: info for info in self._disk.children(parent)}
         if self._cpu is not None:
             found |= {info.key: info for info in self._cpu.children(parent)}
+        found.pop(snapshot_key(parent), None)
         return list(found.values())
 
     def why_missing(self, key: bytes) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._eviction import choose
-from kvembed._keys import PROBE_TOKENS, probe_of
+from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
 from kvembed._store_types import PruneReport, VerifyReport
 from kvembed._store_view import StoreView, explicit
 from kvembed._units import parse_bytes
@@ -237,9 +237,10 @@ class StoreAdmin(StoreView):
             held = self._row(key)
             if held is None:
                 continue
-            if held.pins or self._children_of(key):
+            state = snapshot_key(key)
+            if held.pins or self._children_of(key) - {state}:
                 break
-            erased += self._erase([key])
+            erased += self._erase([state, key])
         return erased
 
     def _erase(self, keys: list[bytes]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import ConfigError, StoreError
 from kvembed._files import write_file
+from kvembed._keys import snapshot_key
 from kvembed._store_types import PrefixEntry, StoreStats, TierStats
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class StoreView:
         in_memory = self._in_memory()
         known = dict(in_memory)
         followed = {info.parent for info in in_memory.values()}
-        ends = [info for info in in_memory.values() if info.key not in followed]
+        ends = [i for i in in_memory.values() if i.key not in followed and self._ends_a_sequence(i)]
         # Asked before the rows are read: a block that reaches the disk in between is then among them.
         on_disk = self._catalog.get([info.key for info in ends]) if self._catalog is not None else {}
         entries: list[PrefixEntry] = []
@@ -175,7 +176,7 @@ class StoreView:
         if self._catalog is not None:
             tail = f"WHERE children = 0 ORDER BY {_SORTS[sort]}" + ("" if limit is None else f" LIMIT {int(limit)}")
             for row in self._catalog.rows(tail):
-                if row.info.key not in followed:
+                if row.info.key not in followed and self._ends_a_sequence(row.info):
                     seen.add(row.info.key)
                     entries.append(self._entry(row.info, row.last_used, in_memory, known, names, models))
         waiting = [info for info in ends if info.key not in seen and info.key not in on_disk]
@@ -184,6 +185,15 @@ class StoreView:
         if sort == "tokens":
             entries.sort(key=lambda entry: -entry.n_tokens)
         return entries if limit is None else entries[:limit]
+
+    def _ends_a_sequence(self, info: BlockInfo) -> bool:
+        """False for a state in the middle of a sequence: tokens follow the prefix it belongs to."""
+        if info.n_tokens > 1 or info.key != snapshot_key(info.parent):
+            return True
+        followers = self._catalog.children(info.parent) if self._catalog is not None else []
+        if self._cpu is not None:
+            followers = [*followers, *self._cpu.children(info.parent)]
+        return all(follower.key == info.key for follower in followers)
 
     def _entry(
         self,
@@ -197,7 +207,7 @@ class StoreView:
         chain = self._chain(info.key, known)
         return PrefixEntry(
             key=info.key,
-            n_tokens=info.start + info.n_tokens,
+            n_tokens=info.start + (0 if info.key == snapshot_key(info.parent) else info.n_tokens),
             n_blocks=len(chain),
             nbytes=sum(block.nbytes for block in chain),
             tier="cpu" if info.key in in_memory else "disk",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvembed import CacheBypassWarning, CachedModel, KVStore, hf
-from kvembed._snapshot import SNAPSHOT_IDS
+from kvembed._keys import SNAPSHOT_IDS
 
 from .zoo import FAMILIES, build
 

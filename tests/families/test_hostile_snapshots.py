@@ -10,7 +10,7 @@ import torch
 
 from kvembed import CachedModel, KVStore, StoreWarning
 from kvembed._blockfile import EncodedBlock, read_block
-from kvembed._snapshot import SNAPSHOT_IDS
+from kvembed._keys import SNAPSHOT_IDS
 
 from .zoo import build
 
