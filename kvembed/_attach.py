@@ -27,7 +27,8 @@ class _AttachedGenerate:
 
     def __init__(self, cached: CachedModel) -> None:
         self._cached = cached
-        self._original = cached.hf_model.generate
+        model: Any = cached.hf_model
+        self._original = model.generate
         self._calls = threading.local()
         functools.update_wrapper(self, self._original)
 

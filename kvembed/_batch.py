@@ -41,7 +41,7 @@ def rows_of_batch(ids: torch.Tensor, mask: torch.Tensor | None) -> list[TokenIds
 def join_rows(model_config: Any, sequences: Sequence[LiveSequence]) -> Any:
     """Return a stock cache that holds the sequences as the rows of a batch, right-aligned."""
     longest = max(len(sequence.ids) for sequence in sequences)
-    cache = hf.new_stock_cache(model_config)
+    cache: Any = hf.new_stock_cache(model_config)
     for i, layer in enumerate(cache.layers):
         parts = [hf.layers_of(sequence.cache)[i].rows(0, len(sequence.ids)) for sequence in sequences]
         joined = []

@@ -52,7 +52,8 @@ def test_copies_pickles_and_saved_models_are_plain(lab: Lab, model: Any, tmp_pat
         again = pickle.loads(pickle.dumps(model))
         model.save_pretrained(tmp_path / "saved")
         calls = cached.usage
-        for other in (twin, again, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        others: list[Any] = [twin, again, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")]
+        for other in others:
             assert attached(other) is None
             with torch.no_grad():
                 for parameter in other.parameters():
