@@ -22,6 +22,7 @@ from kvembed._keys import PROBE_TOKENS, as_token_ids, block_key, root_key
 from kvembed._live import LivePool, LiveSequence
 from kvembed._matching import Matcher, exact_run, is_takeover
 from kvembed._memory import HostPool
+from kvembed._prefill import Prefill
 from kvembed._restore import Piece, Restore
 from kvembed._states import Snapshots
 from kvembed._wrapped import WrappedModel
@@ -38,11 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _MOST_PREPARED_BYTES = 512 << 20
-_WIDE_STEP = 1024
-"""Tokens of a wide step: weights are read once for several blocks, which is felt in steps of 256 tokens."""
-_LEAST_BLOCK = 128
-"""Smaller blocks were chosen for fine steps: they are not joined."""
-_LONGEST_STEP_S = 5.0
 
 
 class Engine:
@@ -223,80 +219,13 @@ class Engine:
         on_progress: Callable[[int, int], object] | None = None,
         put: Callable[[LiveSequence], object] | None = None,
     ) -> None:
-        """Compute the prompt up to where transformers takes over, block by block.
+        """Compute the prompt up to where transformers takes over; see `kvembed._prefill.Prefill.run`."""
 
-        Args:
-            sequence: Holds a prefix of ``ids``; grows with every step.
-            ids: The prompt.
-            upto: Compute exactly so many tokens. By default the last piece, which may be shorter than a block, is
-                left to ``generate()``, which has to run a forward anyway.
-            on_progress: Called with (tokens done, tokens in all) after each step.
-            put: Called after each step to store what is finished.
-        """
-        size, n = self.block_size, len(ids)
-        device = self.model.get_input_embeddings().weight.device
-        tensor = torch.from_numpy(ids.astype(np.int64))[None].to(device)
-        if upto is None and self.spec.has_state:
-            upto = n - 1  # so that a snapshot is taken at the prompt's end
-        last = n - 1 if upto is None else upto
-        while (position := len(sequence.ids)) < last:
-            exact = sequence.exact == position and not self.wrapped.stepwise
-            edge = self._next_edge(position, last, n, exact, upto is not None)
-            if edge is None:
-                break
-            self.wrapped.forward(tensor[:, position:edge], position, sequence.cache, logits=0)
-            if edge - position > size and exact and self.wrapped.wide_steps is None:
-                same = self._same_bits_in_small(sequence, tensor, edge)
-                self.wrapped.note_wide_steps(same)
-                if not same:
-                    hf.truncate(sequence.cache, position)
-                    continue
-            sequence.ids = ids[:edge]
-            if exact and edge % size == 0:
-                sequence.exact = edge
-            if put is not None:
-                put(sequence)
-                if sequence.has_state and edge % size == 0 and edge < last < edge + size:
-                    self._snapshots.put(sequence, self._prefix_key(sequence))  # the last one at an edge
-            if on_progress is not None:
-                on_progress(edge, n)
+        def put_state(sequence: LiveSequence) -> None:
+            self._snapshots.put(sequence, self._prefix_key(sequence))
 
-    def _next_edge(self, position: int, last: int, n: int, exact: bool, whole: bool) -> int | None:
-        """Return where the next step ends, or None to leave the rest to transformers."""
-        size = self.block_size
-        if self.wrapped.stepwise:
-            # One forward from the start is right, and so is one token at a time; several on top of others are not.
-            return last if position == 0 else position + 1
-        edge = (position // size + 1) * size
-        if edge > last:
-            return last if whole else None
-        wide = position + _WIDE_STEP // size * size
-        if size >= _LEAST_BLOCK and exact and wide <= last and self.wrapped.wide_steps is not False and self._is_quick:
-            return wide
-        if not exact and not whole and n - position <= size:
-            return None  # off the grid anyway: one forward for the rest is cheaper than two
-        if not exact and edge - position < size // 4 and edge + size <= last:
-            edge += size  # likewise: no forward for a few tokens
-        return edge
-
-    @property
-    def _is_quick(self) -> bool:
-        """True when a wide step is short enough for progress and interrupts; unknown counts as quick."""
-        rate = self.wrapped.prefill_rate
-        return rate is None or rate * _LONGEST_STEP_S >= _WIDE_STEP
-
-    def _same_bits_in_small(self, sequence: LiveSequence, tensor: torch.Tensor, edge: int) -> bool:
-        """Compute the last block before ``edge`` again by itself; True when its KV has the bits of the wide step."""
-        start = edge - self.block_size
-        cache = hf.new_cache(self.spec, self.model.config, edge)
-        hf.copy_prefix(sequence.cache, cache, start, start)
-        self.wrapped.forward(tensor[:, start:edge], start, cache, logits=0)
-        pairs = zip(hf.layers_of(sequence.cache), hf.layers_of(cache), strict=True)
-        return all(
-            torch.equal(a, b)
-            for wide, small in pairs
-            for a, b in zip(wide.rows(start, edge), small.rows(start, edge), strict=True)
-        )
+        prefill = Prefill(self.wrapped, self.spec, on_progress, put, put_state)
+        prefill.run(sequence, ids, upto)
 
     def settle(self, sequence: LiveSequence, ids: TokenIds, *, fed: int | None) -> bool:
         """Make the sequence agree with its cache after a forward ended, or broke off.

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from kvembed.hf import FullLayer, SlidingLayer
+
 from ._lab import BLOCK, Lab, assert_close, cat, join, random_ids, run, run_full, tokens
 
 if TYPE_CHECKING:
@@ -104,19 +106,20 @@ def test_a_partial_reply_is_reused(lab: Lab, model: Any, plain: Callable[..., An
     assert tokens(run(cached, PROMPT, 40)) == whole
 
 
-def interrupt_attention(patch: pytest.MonkeyPatch, attention: Any, at_call: int) -> None:
-    """Have one layer's attention raise after its so manieth call; the class is patched, so no module changes."""
-    original, calls = type(attention).forward, 0
+def interrupt_layer(patch: pytest.MonkeyPatch, layer: int, at_call: int) -> None:
+    """Raise once one layer has its new rows for the so manieth time; the model is left alone: it would be another."""
+    calls = 0
+    for kind in (FullLayer, SlidingLayer):
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        result = original(self, *args, **kwargs)
-        calls += self is attention
-        if self is attention and calls == at_call:
-            raise KeyboardInterrupt
-        return result
+        def update(self: Any, *args: Any, original: Any = kind.update, **kwargs: Any) -> Any:
+            nonlocal calls
+            result = original(self, *args, **kwargs)
+            calls += self.index == layer
+            if self.index == layer and calls == at_call:
+                raise KeyboardInterrupt
+            return result
 
-    patch.setattr(type(attention), "forward", forward)
+        patch.setattr(kind, "update", update)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -128,7 +131,7 @@ def test_a_forward_torn_in_the_middle(
     cached = lab.wrap(model)
     whole = join(tokens(plain(model, PROMPT, 40)))
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_attention(patch, model.model.layers[layer].self_attn, at_call)
+        interrupt_layer(patch, layer, at_call)
         with pytest.raises(KeyboardInterrupt):
             run(cached, PROMPT, 40)
     # Eight calls are prefill steps, the ninth is the rest of the prompt, then every token is one.

@@ -46,7 +46,7 @@ def test_the_bits_of_single_blocks(lab: Lab, makers: Any, monkeypatch: pytest.Mo
     # Four blocks, the check of the last of them, one block, the rest of the prompt, three tokens.
     assert seen == [1024, 256, 256, 40, 1, 1, 1]
     wide = kv(cached)
-    monkeypatch.setattr("kvembed._engine._WIDE_STEP", SIZE)
+    monkeypatch.setattr("kvembed._prefill._WIDE_STEP", SIZE)
     single = lab.wrap(model, lab.store("single"), block_size=SIZE)
     seen.clear()
     assert tokens(run(single, PROMPT, 4)) == expected == tokens(run(model, PROMPT, 4))
