@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["Runner"]
 
 _CLOSED = "the store is closed"
+_WRONG_CHUNKS = (
+    "prefill_chunk_size, with which transformers continues this model from zero: its text is not that of one go"
+)
 _ATTEMPTS = 4  # the last one restores nothing
 _MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
 
@@ -78,6 +81,8 @@ class Runner:
             try:
                 self.engine.check_identity()
                 self.engine.wrapped.forget_media()
+                if self.engine.wrapped.stepwise and generation_value(self._model, config, kwargs, "prefill_chunk_size"):
+                    return self._pass_through(request, _WRONG_CHUNKS)
                 refusal = self.engine.refusal  # the model may have been changed into one that cannot be served
             except StoreClosedError:
                 refusal = _CLOSED
