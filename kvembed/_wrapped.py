@@ -220,4 +220,5 @@ class WrappedModel:
 
     def _logits(self, ids: torch.Tensor, start: int, cache: Any, last: int) -> torch.Tensor:
         # The oracle decides itself when the grouped path is on.
-        return self.forward(ids, start, cache, switch=False, logits=last).logits[:, -last:].float()
+        logits = self.forward(ids, start, cache, switch=False, logits=last).logits
+        return logits[:, logits.shape[1] - last :].float()
