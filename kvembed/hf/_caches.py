@@ -54,6 +54,9 @@ def probe_cache_spec(cache: Any, block_size: int) -> CacheSpec:
     """
     if type(cache) is not DynamicCache:
         raise UnsupportedModelError(f"cache class {type(cache).__name__} cannot be kept")
+    for name, value in vars(cache).items():
+        if name != "layers" and any(True for _ in _tensors_in(value)):
+            raise UnsupportedModelError(f"the model keeps {name} on the cache, beside its layers")
     layers = tuple(_probe_layer(i, layer) for i, layer in enumerate(cache.layers))
     spec = CacheSpec(layers, block_size)
     if not spec.has_state and not any(True for _ in spec.rows()):

@@ -5,6 +5,7 @@ until  difference
 ====== =============================================================================================================
 5.20   ``crop()`` of a stock layer takes a positive length too; ours hand it on. Nothing to do.
 5.21   chunked prefill starts over on a filled cache: `CHUNKS_RESUME`.
+5.21   Qwen 4's indexer keeps positions on the cache itself, not in its layers: the probe refuses such a model.
 5.23   layers without a cache of their own are empty linear ones, or missing at the end: no layer is a `DummyLayer`.
 ====== =============================================================================================================
 
@@ -32,6 +33,7 @@ __all__ = [
     "LinearAttentionAndSlidingWindowAttentionLayer",
     "LinearAttentionLayer",
     "check_version",
+    "is_before",
 ]
 
 OLDEST: Final = (5, 19)
@@ -42,8 +44,8 @@ def _installed() -> str:
     return transformers.__version__
 
 
-def _is_before(version: tuple[int, int]) -> bool:
-    # "5.23.0.dev0" counts as 5.23.
+def is_before(version: tuple[int, int]) -> bool:
+    """True when the installed transformers is older; ``"5.23.0.dev0"`` counts as 5.23."""
     return tuple(int(number) for number in re.findall(r"\d+", _installed())[:2]) < version
 
 
@@ -53,7 +55,7 @@ def check_version() -> None:
     Raises:
         ConfigError: It is; the message says what to install.
     """
-    if _is_before(OLDEST):
+    if is_before(OLDEST):
         oldest = ".".join(map(str, OLDEST))
         raise ConfigError(
             f"kvembed needs transformers {oldest} or later, and {_installed()} is installed: "
@@ -61,7 +63,7 @@ def check_version() -> None:
         )
 
 
-CHUNKS_RESUME: Final = not _is_before((5, 21))
+CHUNKS_RESUME: Final = not is_before((5, 21))
 """Whether ``prefill_chunk_size`` leaves out the tokens a cache holds already."""
 
 
