@@ -96,7 +96,10 @@ class Connections:
     def _reset(self) -> None:
         # Kept, since dropping the last reference would close them too.
         self._inherited += [held.db for held in self._all if not held.closed]
-        self._gate = threading.Condition()
+        # Entered by its lock, never by itself: `Condition.__enter__` is Python code, and a KeyboardInterrupt inside it,
+        # after the lock is taken, would leave it taken for ever. The lock's own is not interrupted there.
+        self._lock = threading.RLock()
+        self._gate = threading.Condition(self._lock)
         self._active = 0
         self._forking = False
         self._local = threading.local()
@@ -113,7 +116,7 @@ class Connections:
         """
         depth: int = getattr(self._local, "depth", 0)
         if depth == 0:
-            with self._gate:
+            with self._lock:
                 while self._forking:
                     self._gate.wait()
                 self._active += 1
@@ -123,7 +126,7 @@ class Connections:
         finally:
             self._local.depth = depth
             if depth == 0:
-                with self._gate:
+                with self._lock:
                     self._active = max(0, self._active - 1)
                     self._gate.notify_all()
 
@@ -133,7 +136,7 @@ class Connections:
         held: _Connection | None = getattr(self._local, "held", None)
         if held is None or held.closed:
             held = self._local.held = _Connection(self._connect())
-            with self._gate:
+            with self._lock:
                 self._all.add(held)
         return held.db
 
@@ -194,7 +197,7 @@ class Connections:
 
     def close(self) -> None:
         """Close the connections of every thread; harmless when repeated."""
-        with self._gate:
+        with self._lock:
             self._closed = True
             everyone = list(self._all)
         for held in everyone:

@@ -75,7 +75,9 @@ class Writer:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        # Entered by its lock: see `Connections`.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         # True: the block is not in the cpu tier, this queue alone holds it.
         self._blocks: collections.deque[tuple[Block, bool]] = collections.deque()
         self._promotions: collections.deque[bytes] = collections.deque()
@@ -93,7 +95,7 @@ class Writer:
     @property
     def pending(self) -> int:
         """Number of blocks that wait for the disk."""
-        with self._changed:
+        with self._lock:
             return len(self._blocks) + self._writing
 
     def put(self, block: Block) -> None:
@@ -104,7 +106,7 @@ class Writer:
             if here is not None and (here.exact or not info.exact):
                 cpu.touch([info.key])
                 return
-        with self._changed:
+        with self._lock:
             while True:
                 if not self._writable or self._stop or time.monotonic() < self._paused_until:
                     if cpu is not None and not cpu.put(block) and info.nbytes > cpu.max_bytes:
@@ -133,7 +135,7 @@ class Writer:
         """Copy blocks from disk into the cpu tier, root side first, as far as they fit."""
         if self._cpu is None or self._disk is None:
             return
-        with self._changed:
+        with self._lock:
             waiting = set(self._promotions)
             self._promotions.extend(key for key in keys if key not in waiting)
             if self._promotions:
@@ -144,7 +146,7 @@ class Writer:
         """Have the catalog's pending touches written soon."""
         if not self._writable:
             return
-        with self._changed:
+        with self._lock:
             if self._touches_due is None:
                 self._touches_due = time.monotonic() + _TOUCH_DELAY_S
                 self._start()
@@ -160,7 +162,7 @@ class Writer:
             False when time ran out.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
+        with self._lock:
             if self._touches_due is not None:
                 self._touches_due = 0.0
                 self._changed.notify_all()
@@ -176,7 +178,7 @@ class Writer:
 
     def close(self) -> None:
         """Write what is left, end the thread; harmless when repeated."""
-        with self._changed:
+        with self._lock:
             self._stop = True
             if self._touches_due is not None:
                 self._touches_due = 0.0
@@ -192,7 +194,7 @@ class Writer:
 
     def request_stop(self) -> None:
         """Let the thread finish what is queued and end, without waiting for it."""
-        with self._changed:
+        with self._lock:
             self._stop = True
             self._changed.notify_all()
 
@@ -223,7 +225,7 @@ class Writer:
 
     def _step(self) -> bool:
         """Do one job; False when the thread is to end."""
-        with self._changed:
+        with self._lock:
             job = self._next_job()
             while job is None:
                 if self._stop:
@@ -234,7 +236,7 @@ class Writer:
             # Housekeeping does not count: flush() need not wait for it.
             self._busy = job != self._keep_house
         self._do(job)
-        with self._changed:
+        with self._lock:
             self._busy = False
             self._changed.notify_all()
         return True
@@ -320,5 +322,5 @@ class Writer:
             source.close()
         if not cpu.put(block):
             # What follows in the chain would fit even less; reading it would be for nothing.
-            with self._changed:
+            with self._lock:
                 self._promotions.clear()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_house_rules(path: Path) -> None:
         alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
     } | {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not imported & {"pickle", "shelve", "marshal", "dill", "cloudpickle"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(Path(kvembed.__file__).parent)))
+def test_conditions_are_entered_by_their_lock(path: Path) -> None:
+    # `Condition.__enter__` is Python code: Ctrl-C inside it leaves the lock taken, and the next thread waits for ever.
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"self\.(\w+) = threading\.Condition\(", text):
+        assert not re.search(rf"with self\.{name}\b", text)
 
 
 def _targets(node: ast.stmt) -> list[ast.Name]:
