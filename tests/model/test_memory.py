@@ -49,7 +49,9 @@ def test_logits_are_made_for_the_last_position_only_and_none_in_prefill(
         assert set(shapes) == {0, 1}
 
 
-def test_a_model_that_takes_only_a_number_of_logits_is_served_too(lab: Lab, model: Any) -> None:
+def test_a_model_that_takes_only_a_number_of_logits_is_served_too(
+    lab: Lab, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = run(model, LONG, 6)
     original = model.forward
     asked: list[Any] = []
@@ -60,7 +62,7 @@ def test_a_model_that_takes_only_a_number_of_logits_is_served_too(lab: Lab, mode
         asked.append(logits_to_keep)
         return original(*args, logits_to_keep=logits_to_keep, position_ids=position_ids, **kwargs)
 
-    model.forward = forward
+    monkeypatch.setattr(model, "forward", forward)
     cached = lab.wrap(model)
     asked.clear()  # the trial asks for several
     assert torch.equal(run(cached, LONG, 6), plain)
