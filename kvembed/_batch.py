@@ -42,8 +42,9 @@ def join_rows(model_config: Any, sequences: Sequence[LiveSequence]) -> Any:
     """Return a stock cache that holds the sequences as the rows of a batch, right-aligned."""
     longest = max(len(sequence.ids) for sequence in sequences)
     cache: Any = hf.new_stock_cache(model_config)
+    owned = [hf.layers_of(sequence.cache) for sequence in sequences]
     for i, layer in enumerate(cache.layers):
-        parts = [hf.layers_of(sequence.cache)[i].rows(0, len(sequence.ids)) for sequence in sequences]
+        parts = [layers[i].rows(0, len(sequence.ids)) for layers, sequence in zip(owned, sequences, strict=True)]
         joined = []
         for which in (0, 1):
             first = parts[0][which]

@@ -175,9 +175,9 @@ class Fingerprint:
         model = self._model
         attn, kinds, block_size = self._extra
         quantisation = getattr(model.config, "quantization_config", None)
-        device = tensors_of(_walk(model))[0].device
-        processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
         self._modules = _walk(model)
+        device = tensors_of(self._modules)[0].device
+        processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
         self._tree = [(module, dict(module._modules)) for _, module in self._modules]
         self._states = _module_states(self._modules)
         self._classes = {type(module): type(module).forward for _, module in self._modules}

@@ -139,11 +139,11 @@ class Matcher:
         blocks: list[StoredBlock] = []
         tail = snapshot = None
         if live_tokens < len(wanted):
-            blocks, tail = self._stored(root, keys, wanted, spec, live_tokens, deterministic)
+            blocks, tail = self._stored(root, keys, wanted, spec, deterministic)
         reach = len(blocks) * size + (tail[1] if tail else 0)
         if spec.has_state:
             blocks, tail, snapshot = self._up_to_snapshot(
-                root, keys, wanted, snapshots, blocks, tail, size, deterministic
+                root, keys, wanted, snapshots, blocks, tail, size, reach, deterministic
             )
         stored_tokens = len(blocks) * size + (tail[1] if tail else 0)
         gain = stored_tokens - live_tokens
@@ -169,12 +169,12 @@ class Matcher:
         return found
 
     def _stored(
-        self, root: bytes, keys: list[bytes], wanted: TokenIds, spec: CacheSpec, live_tokens: int, deterministic: bool
+        self, root: bytes, keys: list[bytes], wanted: TokenIds, spec: CacheSpec, deterministic: bool
     ) -> tuple[list[StoredBlock], tuple[StoredBlock, int] | None]:
         """Return the stored full blocks from the start, and the block after them that shares the most tokens."""
         blocks = self._store.lookup(keys, exact_only=deterministic)
         rest = wanted[len(blocks) * spec.block_size :]
-        if deterministic or not len(rest) or len(wanted) <= live_tokens:
+        if deterministic or not len(rest):
             return blocks, None
         parent = keys[len(blocks) - 1] if blocks else root
         tail = self._store.find_tail(parent, rest) if len(rest) >= PROBE_TOKENS else None
@@ -194,10 +194,10 @@ class Matcher:
         blocks: list[StoredBlock],
         tail: tuple[StoredBlock, int] | None,
         size: int,
+        reach: int,
         deterministic: bool,
     ) -> tuple[list[StoredBlock], tuple[StoredBlock, int] | None, StoredBlock | None]:
-        """Cut what is stored back to the last snapshot in it."""
-        reach = len(blocks) * size + (tail[1] if tail else 0)
+        """Cut what is stored, ``reach`` tokens, back to the last snapshot in it."""
         found = snapshots.find(root, keys, wanted, reach, exact_only=deterministic)
         if found is None:
             return [], None, None

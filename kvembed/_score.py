@@ -12,6 +12,7 @@ from kvembed import hf
 from kvembed._block import Block, BlockInfo
 from kvembed._errors import PromptError
 from kvembed._keys import SNAPSHOT_IDS, as_token_ids
+from kvembed._prompt import tokenize
 from kvembed._tiers.cpu import MemorySource
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def continuation_ids(tokenizer: Any, prompt: Any, ids: TokenIds, continuation: A
     if isinstance(continuation, str):
         if tokenizer is None:
             raise PromptError("continuations as text need a tokenizer: pass token ids")
-        own = as_token_ids(tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"])
+        own = tokenize(tokenizer, continuation, special=False)
         if isinstance(prompt, str):
-            whole = as_token_ids(tokenizer(prompt + continuation, verbose=False)["input_ids"])
+            whole = tokenize(tokenizer, prompt + continuation, special=True)
             if len(whole) > len(ids) and np.array_equal(whole[: len(ids)], ids):
                 own = whole[len(ids) :]
     else:

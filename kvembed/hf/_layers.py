@@ -201,6 +201,11 @@ class _State:
         for name in STATE_NAMES:
             setattr(self, name, getattr(stock, name))
 
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make room for the state; the rows were allocated with the cache."""
+        if kwargs:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)  # pyright: ignore[reportArgumentType]
+
 
 class HybridLayer(_State, FullLayer, LinearAttentionAndFullAttentionLayer):
     """Full attention beside linear attention in one layer: rows of ours, and the stock state."""
@@ -208,11 +213,6 @@ class HybridLayer(_State, FullLayer, LinearAttentionAndFullAttentionLayer):
     def __init__(self, index: int, k: torch.Tensor, v: torch.Tensor, stock: Any) -> None:
         FullLayer.__init__(self, index, k, v)
         self._init_state(stock)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Make room for the state; the rows were allocated with the cache."""
-        if kwargs:
-            LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As the stock layer: raises unless past states were recorded."""
@@ -229,11 +229,6 @@ class HybridSlidingLayer(_State, SlidingLayer, LinearAttentionAndSlidingWindowAt
     def __init__(self, index: int, k: torch.Tensor, v: torch.Tensor, stock: Any) -> None:
         SlidingLayer.__init__(self, index, k, v, stock.sliding_window)
         self._init_state(stock)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Make room for the state; the rows were allocated with the cache."""
-        if kwargs:
-            LinearAttentionLayer.lazy_initialization(self, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As the stock layer: raises unless past states were recorded."""
