@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._live import LiveSequence
     from kvembed._matching import Match
+    from kvembed._media import Media
     from kvembed._progress import Progress
     from kvembed._restore import Restore
     from kvembed._wrapped import WrappedModel
@@ -59,6 +60,7 @@ class Attempt:
     sequence: LiveSequence
     restore: Restore | None
     tiers: dict[str, int]
+    media: Media | None = None
     why: str | None = None
     stored: int = 0
     copies: int = 1
@@ -109,7 +111,8 @@ def usage_of(
     prompt = sum(len(attempt.ids) for attempt in attempts)
     rate = known = None
     with contextlib.suppress(StoreClosedError):
-        rate = _rate(wrapped, prompt - cached, prefill_s, restores[0] if restores else None)
+        if not any(attempt.media for attempt in attempts):  # encoding a picture is no prefill of tokens
+            rate = _rate(wrapped, prompt - cached, prefill_s, restores[0] if restores else None)
         known = wrapped.prefill_rate
     return Usage(
         prompt_tokens=prompt,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvembed import hf
+from kvembed._media import MEDIA_ARGUMENTS, TYPE_ARGUMENTS, has_media
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +103,16 @@ def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[
         return "attention_mask hides tokens or has another shape than input_ids"
     if mask is None and _has_padding(model, generation_config, kwargs, ids):
         return "the prompt contains the padding token and no attention_mask says what it means"
+    if has_media(kwargs):
+        reason = _media_reason(model, generation_config, kwargs, ids)
+        if reason is not None:
+            return reason
     known = _KNOWN_ARGUMENTS
     config = model.generation_config
     for name, value in kwargs.items():
-        if value is None or name in known or hasattr(config, name):
+        if value is None or name in known or name in MEDIA_ARGUMENTS or hasattr(config, name):
             continue
-        if name == "token_type_ids" and not bool(value.any()):
+        if name in TYPE_ARGUMENTS and (has_media(kwargs) or not bool(value.any())):
             continue
         return f"argument {name!r}"
     return None
@@ -132,6 +137,22 @@ def _batch_reason(
     scale = generation_value(model, generation_config, kwargs, "guidance_scale")
     if scale not in (None, 1, 1.0):
         return f"{what} with guidance_scale={scale}"
+    return None
+
+
+def _media_reason(model: Any, generation_config: Any, kwargs: dict[str, Any], ids: torch.Tensor) -> str | None:
+    if ids.shape[0] > 1:
+        return f"batch of {ids.shape[0]} prompts with media"
+    if copies_of_prompt(model, generation_config, kwargs) > 1:
+        return "media with beams or several sequences"
+    if is_assisted(model, generation_config, kwargs):
+        return "media with an assistant"
+    if kwargs.get("negative_prompt_ids") is not None or generation_value(
+        model, generation_config, kwargs, "guidance_scale"
+    ) not in (None, 1, 1.0):
+        return "media with guidance_scale"
+    if generation_value(model, generation_config, kwargs, "prefill_chunk_size"):
+        return "media with prefill_chunk_size"
     return None
 
 

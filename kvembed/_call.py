@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["PromptOnceStreamer", "Watch", "sliced_first_step", "with_watch"]
+__all__ = ["PromptOnceStreamer", "Watch", "first_step", "with_watch"]
 
 
 class Watch(StoppingCriteria):
@@ -74,31 +75,59 @@ class PromptOnceStreamer(BaseStreamer):
 
 
 @contextmanager
-def sliced_first_step(model: Any, length: int) -> Iterator[None]:
-    """Make the first step of a generation skip the ``length`` tokens its cache already holds.
+def first_step(model: Any, *, skip: int = 0, replace: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Change what the first step of a generation is fed.
 
-    transformers cuts them off itself in plain decoding, but not in assisted generation, nor for models that call
-    their cache ``cache_params``: those would be fed the whole prompt again, on top of itself, without an error.
+    Args:
+        model: The wrapped model.
+        skip: Skip so many tokens, which its cache holds already. transformers cuts them off itself in plain decoding,
+            but not in assisted generation, nor for models that call their cache ``cache_params``: those would be fed
+            the whole prompt again, on top of itself, without an error.
+        replace: Arguments to put in the place of the caller's (None: to leave out): the pictures that are not in the
+            cache yet. ``generate()`` itself has to see all of them, because positions after a picture depend on
+            its size; but it must neither encode nor feed those that are kept.
     """
-    original = model.prepare_inputs_for_generation
-    before = vars(model).get("prepare_inputs_for_generation")
+    prepare_inputs = model.prepare_inputs_for_generation
+    encode_media = getattr(model, _ENCODE_MEDIA, None)
+    wanted = replace or {}
 
     def prepare_inputs_for_generation(
         input_ids: Any, next_sequence_length: Any = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
-        if is_first_iteration and next_sequence_length is None and input_ids.shape[1] > length:
-            next_sequence_length = input_ids.shape[1] - length
-        return original(
+        if is_first_iteration:
+            if skip and next_sequence_length is None and input_ids.shape[1] > skip:
+                next_sequence_length = input_ids.shape[1] - skip
+            kwargs.update({name: value for name, value in wanted.items() if name in kwargs})
+        return prepare_inputs(
             input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
 
+    def encode_wanted_media(model_kwargs: dict[str, Any]) -> Any:
+        kept = {name: value for name, value in model_kwargs.items() if wanted.get(name, value) is not None}
+        assert encode_media is not None
+        return encode_media({**kept, **{name: wanted[name] for name in kept if name in wanted}})
+
     # transformers looks at the signature to see which arguments a model knows.
-    prepare_inputs_for_generation.__signature__ = inspect.signature(original)
-    model.prepare_inputs_for_generation = prepare_inputs_for_generation
+    prepare_inputs_for_generation.__signature__ = inspect.signature(prepare_inputs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_bound(model, "prepare_inputs_for_generation", prepare_inputs_for_generation))
+        if wanted and encode_media is not None:
+            stack.enter_context(_bound(model, _ENCODE_MEDIA, encode_wanted_media))
+        yield
+
+
+_ENCODE_MEDIA = "_prepare_multimodal_encoder_kwargs_for_generation"
+
+
+@contextmanager
+def _bound(model: Any, name: str, function: Any) -> Iterator[None]:
+    """Set an attribute on the instance for a while."""
+    before = vars(model).get(name)
+    setattr(model, name, function)
     try:
         yield
     finally:
         if before is None:
-            del model.prepare_inputs_for_generation
+            delattr(model, name)
         else:
-            model.prepare_inputs_for_generation = before
+            setattr(model, name, before)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvembed._fingerprint import Fingerprint
     from kvembed._keys import TokenIds
     from kvembed._matching import Match
+    from kvembed._media import Media
     from kvembed._store import KVStore
 
 __all__ = ["Engine"]
@@ -109,11 +110,28 @@ class Engine:
 
     # --- one call --------------------------------------------------------------------------------------
 
-    def match(self, ids: TokenIds, *, deterministic: bool) -> Match:
-        """Find the longest usable prefix of ``ids``; at least one token is left to compute."""
+    def match(self, ids: TokenIds, *, deterministic: bool, media: Media | None = None) -> Match:
+        """Find the longest usable prefix of ``ids``; at least one token is left to compute.
+
+        Args:
+            ids: The prompt.
+            deterministic: Use only what gives a cold call's bits.
+            media: Its media: no prefix ends inside one.
+        """
         matcher = Matcher(self.store, self.live, self._live_tier)
-        stepwise = self.wrapped.stepwise
-        return matcher.match(self.root, self.spec, self._snapshots, ids, deterministic=deterministic, stepwise=stepwise)
+        while True:
+            found = matcher.match(
+                self.root,
+                self.spec,
+                self._snapshots,
+                ids,
+                deterministic=deterministic,
+                stepwise=self.wrapped.stepwise,
+            )
+            end = found.tokens if media is None else media.floor(found.tokens)
+            if end == found.tokens:
+                return found
+            ids = ids[: end + 1]
 
     @property
     def _snapshots(self) -> Snapshots:

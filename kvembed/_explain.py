@@ -6,6 +6,7 @@ every key is another one. Sequences under another ``cache_salt`` are never looke
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._match import ExplanationKind
     from kvembed._matching import Match
+    from kvembed._media import Media
 
 __all__ = ["explain_prompt", "miss_reason"]
 
@@ -31,6 +33,7 @@ _LOST_HINTS = {
     "removed": "It was removed with rm, prune, clear or forget.",
     "quarantined": "Its file was damaged and set aside; kvembed verify shows the state of the store.",
 }
+_MEDIA_SIGN = " ⟨media⟩ "
 _MOST_CHILDREN = 256
 _LOOK_AHEAD_BLOCKS = 3
 _MOST_NAMESPACES = 32
@@ -38,16 +41,30 @@ _WORTH_SAYING = 64
 
 
 def explain_prompt(
-    engine: Engine, tokenizer: Any, ids: TokenIds, support: str | None, *, deterministic: bool
+    engine: Engine,
+    tokenizer: Any,
+    ids: TokenIds,
+    support: str | None,
+    *,
+    deterministic: bool,
+    media: Media | None = None,
 ) -> Explanation:
     """Explain a prompt; see `CachedModel.explain`."""
     if support is not None:
         return Explanation("bypassed", prompt_tokens=len(ids), hint=support)
-    found = engine.match(ids, deterministic=deterministic)
+    found = engine.match(ids, deterministic=deterministic, media=media)
     position = found.tokens
 
     def decode(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens) if tokenizer is not None else " ".join(map(str, tokens))
+        text = ""
+        # Content ids are no tokens.
+        for is_media, part in itertools.groupby(tokens, key=lambda token: token < 0):
+            ids = list(part)
+            if is_media:
+                text += _MEDIA_SIGN
+            else:
+                text += tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+        return text
 
     if found.without_state:
         here, at = context(ids.tolist(), position, decode)

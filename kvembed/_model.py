@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,10 @@ from kvembed import hf
 from kvembed._attempt import Request
 from kvembed._document import Document
 from kvembed._engine import Engine
-from kvembed._errors import ConfigError, UnsupportedModelError
+from kvembed._errors import ConfigError, PromptError, UnsupportedModelError
 from kvembed._explain import explain_prompt
 from kvembed._match import Explanation, PrefixMatch
+from kvembed._media import Media, MediaError, has_media, read_media
 from kvembed._paths import is_disabled
 from kvembed._prompt import check_prompt, encode
 from kvembed._runner import Runner
@@ -23,8 +25,9 @@ from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
+    from kvembed._keys import TokenIds
     from kvembed._progress import Progress
     from kvembed._score import Score
     from kvembed._store import KVStore
@@ -268,13 +271,14 @@ class CachedModel:
         Raises:
             PromptError: The prompt is empty.
         """
-        ids = encode(self.tokenizer, prompt)
+        ids = encode(self.tokenizer, prompt, media=True)
         check_prompt(self.hf_model, ids[:1])
         with self._lock:
             self._engine.check_identity()
             if self.support is not None:
                 return PrefixMatch(prompt_tokens=len(ids))
-            found = self._engine.match(ids, deterministic=self.deterministic)
+            ids, media = self._with_media(prompt, ids)
+            found = self._engine.match(ids, deterministic=self.deterministic, media=media)
         blocks = -(-found.live_tokens // found.block_size) + len(found.stored)
         return PrefixMatch(
             prompt_tokens=len(ids),
@@ -291,11 +295,24 @@ class CachedModel:
         Raises:
             PromptError: The prompt is empty.
         """
-        ids = encode(self.tokenizer, prompt)
+        ids = encode(self.tokenizer, prompt, media=True)
         check_prompt(self.hf_model, ids[:1])
         with self._lock:
             self._engine.check_identity()
-            return explain_prompt(self._engine, self.tokenizer, ids, self.support, deterministic=self.deterministic)
+            ids, media = self._with_media(prompt, ids)
+            return explain_prompt(
+                self._engine, self.tokenizer, ids, self.support, deterministic=self.deterministic, media=media
+            )
+
+    def _with_media(self, prompt: Any, ids: TokenIds) -> tuple[TokenIds, Media | None]:
+        """Return a prompt's ids as the key chain knows them, and its media if it is a processor's output with some."""
+        if not isinstance(prompt, Mapping) or not has_media(prompt):
+            return ids, None
+        try:
+            media = read_media(self.hf_model.config, ids, prompt)
+        except MediaError as error:
+            raise PromptError(f"media that cannot be looked up: {error}") from None
+        return media.ids, media.judged(self._engine.wrapped.media_verdict)
 
     # --- the rest --------------------------------------------------------------------------------------
 

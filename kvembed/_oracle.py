@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     Forward = Callable[[torch.Tensor, int, Any, int], torch.Tensor]
 
-__all__ = ["OracleVerdict", "run_oracle"]
+__all__ = ["OracleVerdict", "error_limit", "relative_error", "run_oracle"]
 
 _STEP = 8
 _LAST = 3
@@ -89,7 +89,7 @@ def run_oracle(model: Any, spec: CacheSpec, switch: AttentionSwitch, forward: Fo
         forward: ``forward(ids, start, cache, last)`` runs the model and returns the logits of the ``last`` tokens.
     """
     before = _state(model)
-    limit = _MAX_RELATIVE_ERROR if _is_precise(model) else _MAX_RELATIVE_ERROR_HALF
+    limit = error_limit(model)
     trial = _Trial(model, spec, switch, forward)
     stepwise = spec.has_state and _starts_over(model)
     found = _with_grouped_path(trial, stepwise)
@@ -138,6 +138,17 @@ def _reason(found: _Found, limit: float, before: list[tuple[str, torch.Tensor]],
     if not _same_state(before, _state(model)):
         return "the model keeps state on its modules, which cannot be restored"
     return None
+
+
+def error_limit(model: Any) -> float:
+    """Return up to which `relative_error` logits count as equal to rounding, in this model's dtype."""
+    return _MAX_RELATIVE_ERROR if _is_precise(model) else _MAX_RELATIVE_ERROR_HALF
+
+
+def relative_error(plain: torch.Tensor, logits: torch.Tensor) -> float:
+    """Return the largest difference of logits from those of one forward, relative to their spread."""
+    spread = float((plain.max() - plain.min()).abs()) or 1.0
+    return float((logits - plain).abs().max()) / spread
 
 
 def _is_precise(model: Any) -> bool:
@@ -232,8 +243,7 @@ class _Trial:
                 same = _same_rows(cache, restored, edge)  # all there is: no forward is needed to see it
             else:
                 same = torch.equal(logits, self._finish(ids, edge, restored, stepwise))
-        spread = float((plain.max() - plain.min()).abs()) or 1.0
-        error = float((logits - plain).abs().max()) / spread
+        error = relative_error(plain, logits)
         length = hf.common_length(cache) if hf.layers_of(cache) else None
         return _Found(error, same, length, n)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from kvembed._errors import ConfigError, PromptError
 from kvembed._keys import as_token_ids
+from kvembed._media import has_media
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +21,25 @@ __all__ = ["as_prompt", "check_prompt", "context_length", "encode", "split_chat"
 _MARK = "\u241fQUESTION\u241f"
 
 
-def encode(tokenizer: Any, prompt: Any) -> TokenIds:
+def encode(tokenizer: Any, prompt: Any, *, media: bool = False) -> TokenIds:
     """Return the ids of a prompt.
 
     Args:
         tokenizer: The model's tokenizer; not needed for ids.
         prompt: Text; chat messages (dicts with ``role`` and ``content``, rendered with the chat template and
-            the start of a reply); a list or array of ids; or a tensor ``[n]`` or ``[1, n]``.
+            the start of a reply); a list or array of ids; a tensor ``[n]`` or ``[1, n]``; or a dict with
+            ``input_ids``, as tokenizers and processors return it.
+        media: Whether such a dict may bring pictures too.
 
     Raises:
-        PromptError: The prompt is of none of these kinds, or a batch.
+        PromptError: The prompt is of none of these kinds, or a batch, or has media where only text will do.
         ConfigError: Text without a tokenizer, or messages without a chat template.
     """
     if isinstance(prompt, str):
         return tokenize(_need(tokenizer, "text"), prompt, special=True)
     if isinstance(prompt, Mapping):
+        if has_media(prompt) and not media:
+            raise PromptError("prompts with media can only be generated from: call generate(**inputs)")
         prompt = prompt["input_ids"]
     if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
         if not getattr(_need(tokenizer, "messages"), "chat_template", None):

@@ -11,16 +11,19 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kvembed import hf
 from kvembed._attempt import Attempt, prefill_usage, usage_of
 from kvembed._batch import join_rows, new_tokens, rows_of_batch
 from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted
-from kvembed._call import PromptOnceStreamer, Watch, sliced_first_step, with_watch
+from kvembed._call import PromptOnceStreamer, Watch, first_step, with_watch
 from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
 from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
+from kvembed._media import Media, MediaError, has_media, read_media
+from kvembed._media_trial import try_media
 from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
 from kvembed._score import score_on
@@ -49,6 +52,11 @@ _MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
 def _sequence_of(result: Any) -> TokenIds:
     """Return the ids ``generate()`` returned: prompt and new tokens."""
     return as_token_ids(getattr(result, "sequences", result)[0].cpu().numpy())
+
+
+def _continued(prompt: TokenIds, sequence: TokenIds) -> TokenIds:
+    """Return the prompt as the key chain knows it, with its content ids, and what was generated after it."""
+    return np.concatenate([prompt, sequence[len(prompt) :]])
 
 
 class Runner:
@@ -90,6 +98,12 @@ class Runner:
             return self._pass_through(request, refusal)
         prompt = input_ids_of(inputs, kwargs)
         assert prompt is not None
+        media = None
+        if has_media(kwargs):
+            try:
+                media = self._media_of(prompt, kwargs)
+            except MediaError as error:
+                return self._pass_through(request, str(error))
         streamer = kwargs.get("streamer")
         if streamer is not None:
             streamer = PromptOnceStreamer(streamer)
@@ -99,18 +113,34 @@ class Runner:
                 cold = attempt == _ATTEMPTS - 1
                 if prompt.shape[0] > 1:
                     return self._generate_batch(request, prompt, cold=cold)
-                return self._generate_once(request, as_token_ids(prompt[0].cpu().numpy()), cold=cold)
+                ids = media.ids if media is not None else as_token_ids(prompt[0].cpu().numpy())
+                return self._generate_once(request, ids, media, cold=cold)
             except RestoreError as error:
                 self._store.discard(error.key, error.reason)
                 if streamer is not None:
                     streamer.repeat()
         raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
 
-    def _generate_once(self, request: Request, ids: TokenIds, *, cold: bool) -> tuple[Any, Usage]:
+    def _media_of(self, prompt: torch.Tensor, kwargs: dict[str, Any]) -> Media:
+        """Return a prompt's media, and what is known of them; finds out what is not."""
+        wrapped = self.engine.wrapped
+        if wrapped.stepwise:
+            raise MediaError("media, with a model that can go on only one token at a time")
+        media = read_media(self._model.config, as_token_ids(prompt[0].cpu().numpy()), kwargs)
+        known = wrapped.media_verdict
+        verdict = try_media(wrapped, known, prompt, media, kwargs)
+        if verdict != known:
+            wrapped.note_media(verdict)
+            wrapped.forget_media()
+        if verdict.follows is False:
+            raise MediaError("with media this model gives other text in two calls than in one")
+        return media.judged(verdict)
+
+    def _generate_once(self, request: Request, ids: TokenIds, media: Media | None, *, cold: bool) -> tuple[Any, Usage]:
         engine = self.engine
         room = self._new_tokens(len(ids), request) + engine.block_size
         try:
-            attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room)
+            attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room, media)
             # Asked before this call stores what was missing, and with it the reason is gone.
             attempt.why = miss_reason(engine, attempt.match, ids, sum(attempt.tiers.values()))
         except StoreClosedError:  # by another thread, since this call looked
@@ -120,7 +150,11 @@ class Runner:
         try:
             attempt.copies = copies_of_prompt(self._model, request.generation_config, request.kwargs)
             # A cache that is about to be repeated for beams can be captured only before.
-            self._prefill(attempt, request.progress, upto=len(ids) - 1 if attempt.copies > 1 else None)
+            upto = len(ids) - 1 if attempt.copies > 1 else None
+            if media is not None:
+                # transformers computes the media themselves, and what comes after them, in one forward.
+                upto = media.start // engine.block_size * engine.block_size if media.resumes else 0
+            self._prefill(attempt, request.progress, upto=upto)
             if attempt.copies > 1:
                 hf.expand(attempt.sequence.cache, attempt.copies)
             result = self._hand_over(request, attempt, watch)
@@ -179,14 +213,24 @@ class Runner:
         feeds_all = wrapped.cache_name != "past_key_values" or is_assisted(
             self._model, request.generation_config, request.kwargs
         )
-        slicing = sliced_first_step(self._model, held) if held and feeds_all else contextlib.nullcontext()
-        with wrapped.switch.active(), slicing:
+        skip = held if feeds_all else 0
+        media = attempt.media.part(held, len(attempt.ids)) if attempt.media is not None and held else None
+        changed = first_step(self._model, skip=skip, replace=media) if skip or media else contextlib.nullcontext()
+        with wrapped.switch.active(), changed:
             return self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
 
-    def _begin(self, ids: TokenIds, wanted: TokenIds, deterministic: bool, room: int) -> Attempt:
-        match = self.engine.match(wanted, deterministic=deterministic)
-        sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room)
-        return Attempt(ids, match, sequence, restore, tiers)
+    def _begin(
+        self, ids: TokenIds, wanted: TokenIds, deterministic: bool, room: int, media: Media | None = None
+    ) -> Attempt:
+        for tokens in (wanted, wanted, wanted[:1]):
+            match = self.engine.match(tokens, deterministic=deterministic, media=media)
+            sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room)
+            if media is None or media.floor(len(sequence.ids)) == len(sequence.ids):
+                return Attempt(ids, match, sequence, restore, tiers, media)
+            # A block was gone when it was opened, and what is left ends inside a picture.
+            if restore is not None:
+                restore.cancel()
+        raise AssertionError("nothing restored ends nowhere")  # pragma: no cover
 
     def _prefill(self, attempt: Attempt, progress: Progress, *, upto: int | None) -> None:
         def put(sequence: LiveSequence) -> None:
@@ -222,10 +266,10 @@ class Runner:
             return
         seen = attempt.ids
         if result is not None:
-            seen = _sequence_of(result)
+            seen = _continued(attempt.ids, _sequence_of(result))
             fed = len(seen) - 1  # the last token was made, not fed
         elif watch.last is not None:
-            seen = as_token_ids(watch.last[0].cpu().numpy())
+            seen = _continued(attempt.ids, as_token_ids(watch.last[0].cpu().numpy()))
         ours = attempt.copies == 1 and self.engine.settle(sequence, seen, fed=fed)
         if ours:
             with contextlib.suppress(StoreClosedError):

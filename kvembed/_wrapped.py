@@ -12,6 +12,7 @@ from kvembed import hf
 from kvembed._attention import AttentionSwitch
 from kvembed._errors import UnsupportedModelError
 from kvembed._fingerprint import Fingerprint, adapter_refusal
+from kvembed._media_trial import MediaVerdict
 from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
 
 if TYPE_CHECKING:
@@ -110,6 +111,18 @@ class WrappedModel:
             else:
                 self._store.set_note(digest, "oracle", vars(self.verdict))
         self.refusal = self.verdict.reason or adapter_refusal(self.model)
+
+    @property
+    def media_verdict(self) -> MediaVerdict:
+        """Return what is known of how the model treats media."""
+        noted = self._store.get_note(self.fingerprint.digest, "media") if self.fingerprint is not None else None
+        known = {f.name for f in fields(MediaVerdict)}
+        return MediaVerdict(**noted) if isinstance(noted, dict) and set(noted) == known else MediaVerdict()
+
+    def note_media(self, verdict: MediaVerdict) -> None:
+        """Remember what was found."""
+        if self.fingerprint is not None:
+            self._store.set_note(self.fingerprint.digest, "media", verdict.as_note())
 
     def forget_media(self) -> None:
         """Drop what an earlier call with pictures left on the modules.
