@@ -53,7 +53,7 @@ class Request:
 
 @dataclass
 class Attempt:
-    """State of one attempt, filled as it goes."""
+    """State of one attempt, filled as it goes; ``front`` leading tokens are computed while others are read."""
 
     ids: TokenIds
     match: Match
@@ -61,6 +61,7 @@ class Attempt:
     restore: Restore | None
     tiers: dict[str, int]
     media: Media | None = None
+    front: int = 0
     why: str | None = None
     stored: int = 0
     copies: int = 1

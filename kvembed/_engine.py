@@ -22,6 +22,7 @@ from kvembed._keys import PROBE_TOKENS, as_token_ids, block_key, root_key
 from kvembed._live import LivePool, LiveSequence
 from kvembed._matching import Matcher, exact_run, is_takeover
 from kvembed._memory import HostPool
+from kvembed._plan import Plan, Speeds, plan_of
 from kvembed._prefill import Prefill
 from kvembed._restore import Piece, Restore
 from kvembed._states import Snapshots
@@ -62,6 +63,7 @@ class Engine:
         self.live = LivePool(max_live, self._live_budget())
         self._pool = HostPool(self.live.max_bytes if max_live and self._on_host else 0)
         self.wrapped = WrappedModel(model, store, block_size)
+        self.speeds = Speeds(store)
         self._adopt()
 
     # --- the model -------------------------------------------------------------------------------------
@@ -141,13 +143,20 @@ class Engine:
     def _live_tier(self) -> str:
         return "live" if self.model.device.type == "cpu" else "gpu"
 
-    def open(self, match: Match, ids: TokenIds, capacity: int) -> tuple[LiveSequence, Restore | None, dict[str, int]]:
+    def plan(self, match: Match) -> Plan:
+        """Decide what of a match is restored, and what is computed because that is faster."""
+        return plan_of(match, self.speeds, self.wrapped.prefill_rate, may_split=self.spec.full_only)
+
+    def open(
+        self, match: Match, ids: TokenIds, capacity: int, *, front: int = 0
+    ) -> tuple[LiveSequence, Restore | None, dict[str, int]]:
         """Return a sequence that holds (or is being filled with) the matched prefix.
 
         Args:
             match: What `match` found.
             ids: The prompt.
             capacity: Tokens to make room for: prompt and everything to be generated.
+            front: Leading tokens that the caller computes while the others are read; see `join`.
 
         Returns:
             The sequence, the restore still under way if any, and the tokens served by each tier.
@@ -158,13 +167,17 @@ class Engine:
         else:
             sequence = self._new_sequence(capacity)
             tiers = {}
-        pieces, stored_tiers = self._open_pieces(match, ids)
+        pieces, stored_tiers = self._open_pieces(match, ids, match.live_tokens + front)
         if match.snapshot is not None and not self._load_state(match, sequence, pieces):
             for piece in pieces:
                 piece.source.close()
             return self._new_sequence(capacity), None, {}
         if not pieces:
             return sequence, None, tiers
+        if front:
+            restore = Restore(sequence.cache, pieces, self.block_size, behind=True)
+            restore.start()
+            return sequence, restore, stored_tiers
         exact_before = sequence.exact == match.live_tokens
         restore = Restore(sequence.cache, pieces, self.block_size)
         length = restore.length
@@ -179,6 +192,17 @@ class Engine:
         sequence.keys = match.keys[:full]
         restore.start()
         return sequence, restore, {**tiers, **stored_tiers}
+
+    def join(self, match: Match, ids: TokenIds, sequence: LiveSequence, restore: Restore) -> None:
+        """Add what was read behind a computation to the sequence that was computed; raises as `Restore.finish`."""
+        front, size = len(sequence.ids), self.block_size
+        restore.finish()
+        full = restore.length // size
+        sequence.ids = ids[: restore.length]
+        sequence.captured = full * size
+        if sequence.exact == front:
+            sequence.exact = min(front + size * exact_run(match.blocks[front // size :]), full * size)
+        sequence.keys = match.keys[:full]
 
     def _new_cache(self, capacity: int) -> Any:
         return hf.new_cache(self.spec, self.model.config, capacity, self._pool)
@@ -209,12 +233,13 @@ class Engine:
         fork.exact, fork.captured = min(live.exact, edge), min(live.captured, edge)
         return fork
 
-    def _open_pieces(self, match: Match, ids: TokenIds) -> tuple[list[Piece], dict[str, int]]:
-        """Open the matched blocks, comparing token ids; the run ends at the first that is not what it was."""
+    def _open_pieces(self, match: Match, ids: TokenIds, position: int) -> tuple[list[Piece], dict[str, int]]:
+        """Open the matched blocks from ``position`` on, comparing ids; the run ends at the first that differs."""
         pieces: list[Piece] = []
         tiers: dict[str, int] = {}
-        position = match.live_tokens
         for stored, n in match.stored:
+            if stored.info.start < position:
+                continue
             source = self.store.open(stored.info.key)
             if source is None:
                 break

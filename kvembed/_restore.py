@@ -61,15 +61,23 @@ class Restore:
         cache: A cache of ours: empty, or (without sliding layers) holding the tokens before the first piece.
         pieces: What to read, in order of position, without gaps.
         block_size: Tokens of a full block.
+        behind: The tokens before the first piece are computed meanwhile, in the same rows (full attention only, in a
+            cache with room for all): no layer waits, and none shows what is read until `finish`.
     """
 
-    def __init__(self, cache: Any, pieces: Sequence[Piece], block_size: int) -> None:
+    def __init__(self, cache: Any, pieces: Sequence[Piece], block_size: int, *, behind: bool = False) -> None:
         self._layers = hf.layers_of(cache)
         self._pieces = list(pieces)
         self._length = self._pieces[-1].end
-        self._firsts = [
-            layer.begin_restore(self._length, self._length // block_size * block_size) for layer in self._layers
-        ]
+        self._behind = behind
+        if behind:
+            if any(layer.capacity < self._length for layer in self._layers):
+                raise ValueError("no room to read behind a computation")  # growing would move the rows
+            self._firsts = [self._pieces[0].start for _ in self._layers]
+        else:
+            self._firsts = [
+                layer.begin_restore(self._length, self._length // block_size * block_size) for layer in self._layers
+            ]
         self._ready = [threading.Event() for _ in self._layers]
         self._lock = threading.Lock()
         self._next = 0
@@ -80,16 +88,26 @@ class Restore:
         """Wall time from the start to the last byte (it overlaps with the compute)."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes to be read."""
+        return sum(piece.source.layout.nbytes(piece.n_tokens) for piece in self._pieces)
+
+    @property
+    def tiers(self) -> set[str]:
+        """Where they come from."""
+        return {piece.source.tier for piece in self._pieces}
+
+    @property
     def length(self) -> int:
         """Tokens the cache holds when the restore is complete."""
         return self._length
 
     def start(self) -> None:
         """Begin reading; small restores finish here, larger ones in the background."""
-        for layer in self._layers:
-            layer.hold(self)
-        nbytes = sum(p.source.layout.nbytes(p.n_tokens) for p in self._pieces)
-        if nbytes <= _INLINE_BYTES:
+        if not self._behind:
+            for layer in self._layers:
+                layer.hold(self)
+        if self.nbytes <= _INLINE_BYTES and not self._behind:
             self._read_layers()
             return
         self._threads = [
@@ -145,6 +163,10 @@ class Restore:
             self.close()
         if self._error is not None:
             raise self._error
+        if self._behind:
+            for layer in self._layers:
+                layer.set_length(self._length)
+            self._behind = False
 
     def cancel(self) -> None:
         """Stop reading (the call is being abandoned) and release the blocks."""

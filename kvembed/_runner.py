@@ -24,6 +24,7 @@ from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
 from kvembed._media import Media, MediaError, has_media, read_media
 from kvembed._media_trial import try_media
+from kvembed._plan import Plan
 from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
 from kvembed._score import score_on
@@ -142,7 +143,7 @@ class Runner:
         try:
             attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, room, media)
             # Asked before this call stores what was missing, and with it the reason is gone.
-            attempt.why = miss_reason(engine, attempt.match, ids, sum(attempt.tiers.values()))
+            attempt.why = attempt.why or miss_reason(engine, attempt.match, ids, sum(attempt.tiers.values()))
         except StoreClosedError:  # by another thread, since this call looked
             return self._pass_through(request, _CLOSED)
         watch = Watch(request.cancel)
@@ -174,7 +175,8 @@ class Runner:
             for ids in rows_of_batch(prompt, request.kwargs.get("attention_mask")):
                 attempt = self._begin(ids, ids[:1] if cold else ids, request.deterministic, self.engine.block_size)
                 attempts.append(attempt)
-                attempt.why = miss_reason(self.engine, attempt.match, ids, sum(attempt.tiers.values()))
+                cached = sum(attempt.tiers.values())
+                attempt.why = attempt.why or miss_reason(self.engine, attempt.match, ids, cached)
                 self._prefill(attempt, request.progress, upto=len(ids) - 1)
                 self._end_restore(attempt)
             cache = join_rows(self._model.config, [attempt.sequence for attempt in attempts])
@@ -224,9 +226,13 @@ class Runner:
     ) -> Attempt:
         for tokens in (wanted, wanted, wanted[:1]):
             match = self.engine.match(tokens, deterministic=deterministic, media=media)
-            sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room)
+            plan = self.engine.plan(match) if media is None else Plan(match)
+            match, front = plan.match, plan.front
+            sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room, front=front)
             if media is None or media.floor(len(sequence.ids)) == len(sequence.ids):
-                return Attempt(ids, match, sequence, restore, tiers, media)
+                if front and restore is None:
+                    front, plan = 0, Plan(match)
+                return Attempt(ids, match, sequence, restore, tiers, media, front, plan.reason)
             # A block was gone when it was opened, and what is left ends inside a picture.
             if restore is not None:
                 restore.cancel()
@@ -238,6 +244,9 @@ class Runner:
                 attempt.stored += self.engine.capture(sequence, tail=False)
 
         with prefill_progress(progress, len(attempt.sequence.ids), len(attempt.ids)) as on_progress:
+            if attempt.front and attempt.restore is not None:
+                self.engine.prefill(attempt.sequence, attempt.ids, upto=attempt.front, on_progress=on_progress, put=put)
+                self.engine.join(attempt.match, attempt.ids, attempt.sequence, attempt.restore)
             self.engine.prefill(attempt.sequence, attempt.ids, upto=upto, on_progress=on_progress, put=put)
         if attempt.sequence.has_state or attempt.copies > 1:
             # What comes next changes the state, or takes the cache away.
@@ -246,8 +255,13 @@ class Runner:
                 attempt.stored += self.engine.capture(attempt.sequence, tail=True)
 
     def _end_restore(self, attempt: Attempt) -> None:
-        if attempt.restore is not None:
-            attempt.restore.finish()
+        restore = attempt.restore
+        if restore is not None:
+            restore.finish()
+            tier, *others = restore.tiers
+            if not others:
+                with contextlib.suppress(StoreClosedError):
+                    self.engine.speeds.note(tier, restore.nbytes, restore.seconds)
 
     def _new_tokens(self, prompt_tokens: int, request: Request) -> int:
         """Tokens to make room for; a wrong guess costs a copy later, nothing else."""
@@ -279,7 +293,8 @@ class Runner:
         elif ours:
             self.engine.keep(sequence)
         self._store.touch(sequence.keys)
-        from_disk = [stored.info.key for stored, _ in attempt.match.stored if stored.tier == "disk"]
+        read = (stored.info for stored, _ in attempt.match.stored if stored.tier == "disk")
+        from_disk = [info.key for info in read if info.start >= attempt.front]
         if from_disk:
             self._store.promote(from_disk)
 
