@@ -69,6 +69,7 @@ def attach(
     cache_salt: str = "",
     block_size: int = 256,
     max_live: int = 3,
+    audit: float = 0.0,
     progress: Progress = "auto",
 ) -> CachedModel:
     """Make ``model.generate()`` itself keep and reuse KV; everything else of the model stays as it is.
@@ -81,6 +82,7 @@ def attach(
         cache_salt: Isolates callers.
         block_size: Tokens of a block.
         max_live: Caches of recent sequences kept whole in memory.
+        audit: Part of the calls that are audited.
         progress: Progress of long prefills.
 
     Returns:
@@ -99,6 +101,7 @@ def attach(
         cache_salt=cache_salt,
         block_size=block_size,
         max_live=max_live,
+        audit=audit,
         progress=progress,
     )
     model.generate = _AttachedGenerate(cached)

@@ -62,6 +62,7 @@ class Attempt:
     tiers: dict[str, int]
     media: Media | None = None
     front: int = 0
+    audited: bool = False
     why: str | None = None
     stored: int = 0
     copies: int = 1
@@ -80,6 +81,7 @@ def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, dete
         prefill_s=total - attempt.match.seconds,
         total_s=total,
         prefill_tokens_per_second=rate,
+        audited=attempt.audited,
         deterministic=deterministic,
         stored_tokens=attempt.stored,
     )
@@ -127,6 +129,7 @@ def usage_of(
         total_s=now - request.began,
         prefill_tokens_per_second=rate,
         saved_s=cached / known - restore_s if known and cached else None,
+        audited=any(attempt.audited for attempt in attempts),
         miss_reason=next((attempt.why for attempt in attempts if attempt.why), None),
         deterministic=request.deterministic,
         stored_tokens=sum(attempt.stored for attempt in attempts),

@@ -165,13 +165,13 @@ class Engine:
             sequence = self._open_live(match, ids, capacity)
             tiers = {self._live_tier: match.live_tokens} if match.live_tokens else {}
         else:
-            sequence = self._new_sequence(capacity)
+            sequence = self.new_sequence(capacity)
             tiers = {}
         pieces, stored_tiers = self._open_pieces(match, ids, match.live_tokens + front)
         if match.snapshot is not None and not self._load_state(match, sequence, pieces):
             for piece in pieces:
                 piece.source.close()
-            return self._new_sequence(capacity), None, {}
+            return self.new_sequence(capacity), None, {}
         if not pieces:
             return sequence, None, tiers
         if front:
@@ -207,7 +207,8 @@ class Engine:
     def _new_cache(self, capacity: int) -> Any:
         return hf.new_cache(self.spec, self.model.config, capacity, self._pool)
 
-    def _new_sequence(self, capacity: int) -> LiveSequence:
+    def new_sequence(self, capacity: int) -> LiveSequence:
+        """Return an empty sequence with room for so many tokens."""
         none = as_token_ids([])
         return LiveSequence(self._new_cache(capacity), self.root, none, has_state=self.spec.has_state)
 

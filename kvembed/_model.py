@@ -10,6 +10,7 @@ import torch
 
 from kvembed import hf
 from kvembed._attempt import Request
+from kvembed._audit import Auditor, AuditReport
 from kvembed._document import Document
 from kvembed._engine import Engine
 from kvembed._errors import ConfigError, PromptError, UnsupportedModelError
@@ -25,7 +26,7 @@ from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvembed._keys import TokenIds
     from kvembed._progress import Progress
@@ -49,6 +50,8 @@ class CachedModel:
         cache_salt: Isolates callers: blocks stored under one salt are never found under another.
         block_size: Tokens of a block and of a prefill step, from 8 to 4096.
         max_live: Caches of recent sequences kept whole in memory, the fastest tier.
+        audit: Part of the calls with stored blocks, from 0 to 1, in which a block is computed again and compared. One
+            that differs is quarantined, with a warning, and the call answers without it.
         progress: Progress of long prefills: True or False for a bar, ``"auto"`` for one in notebooks and
             terminals, or ``callable(done_tokens, all_tokens)``.
 
@@ -71,6 +74,7 @@ class CachedModel:
         cache_salt: str = "",
         block_size: int = 256,
         max_live: int = 3,
+        audit: float = 0.0,
         progress: Progress = "auto",
     ) -> None:
         hf.check_version()
@@ -78,6 +82,8 @@ class CachedModel:
             raise ConfigError(f"block_size must be between 8 and 4096 tokens, not {block_size}")
         if max_live < 0:
             raise ConfigError(f"max_live must be 0 or more, not {max_live}")
+        if not 0.0 <= audit <= 1.0:
+            raise ConfigError(f"audit is a part of all calls, from 0 to 1, not {audit}")
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(
                 f"CachedModel wraps a loaded model, not {type(model).__name__}; to load one by name, use "
@@ -98,7 +104,7 @@ class CachedModel:
         self._lock = threading.RLock()
         self._usage = Usage()
         self._engine = Engine(model, store, block_size=block_size, cache_salt=cache_salt, max_live=max_live)
-        self._runner = Runner(self._engine)
+        self._runner = Runner(self._engine, audit)
 
     @classmethod
     def from_pretrained(
@@ -111,6 +117,7 @@ class CachedModel:
         cache_salt: str = "",
         block_size: int = 256,
         max_live: int = 3,
+        audit: float = 0.0,
         progress: Progress = "auto",
         **kwargs: Any,
     ) -> CachedModel:
@@ -125,6 +132,7 @@ class CachedModel:
             cache_salt: See `CachedModel`.
             block_size: See `CachedModel`.
             max_live: See `CachedModel`.
+            audit: See `CachedModel`.
             progress: See `CachedModel`.
             **kwargs: Passed on to transformers' ``from_pretrained`` (``device_map``, ``revision``,
                 ``attn_implementation``, ``quantization_config``, ``trust_remote_code`` ...).
@@ -144,6 +152,7 @@ class CachedModel:
             cache_salt=cache_salt,
             block_size=block_size,
             max_live=max_live,
+            audit=audit,
             progress=progress,
         )
 
@@ -264,6 +273,25 @@ class CachedModel:
             shown = self.progress if progress is None else progress
             scores, self._usage = self._runner.score(ids, parts, deterministic=self.deterministic, progress=shown)
             return scores
+
+    def recheck(self, on_progress: Callable[[int, int], object] | None = None) -> AuditReport:
+        """Compute every stored block of this model and salt again, and quarantine those that differ.
+
+        Takes as long as computing all stored texts; with several texts over one document, that document counts once
+        for each run of full blocks.
+
+        Args:
+            on_progress: Called with (blocks done, blocks in all).
+
+        Raises:
+            UnsupportedModelError: This model's KV is not kept.
+        """
+        with self._lock:
+            self._engine.check_identity()
+            if self.support is not None:
+                raise UnsupportedModelError(f"nothing to check: {self.support}")
+            self.store.flush()
+            return Auditor(self._engine, 0.0).sweep(on_progress)
 
     def lookup(self, prompt: Any) -> PrefixMatch:
         """Say how much of a prompt could be reused; computes nothing.

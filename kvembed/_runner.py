@@ -16,6 +16,7 @@ import torch
 
 from kvembed import hf
 from kvembed._attempt import Attempt, prefill_usage, usage_of
+from kvembed._audit import Auditor
 from kvembed._batch import join_rows, new_tokens, rows_of_batch
 from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted
 from kvembed._call import PromptOnceStreamer, Watch, first_step, with_watch
@@ -65,10 +66,12 @@ class Runner:
 
     Args:
         engine: Where reuse happens.
+        audit: Part of the calls with stored blocks that are audited.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, audit: float = 0.0) -> None:
         self.engine = engine
+        self._auditor = Auditor(engine, audit)
         self._model = engine.model
         self._store = engine.store
         self._warned: set[str] = set()
@@ -227,12 +230,16 @@ class Runner:
         for tokens in (wanted, wanted, wanted[:1]):
             match = self.engine.match(tokens, deterministic=deterministic, media=media)
             plan = self.engine.plan(match) if media is None else Plan(match)
+            audited = media is None and self._auditor.is_due(plan.match)
+            if audited and not self._auditor.audit(ids, plan.match):
+                match = self.engine.match(tokens, deterministic=deterministic)
+                plan = self.engine.plan(match)
             match, front = plan.match, plan.front
             sequence, restore, tiers = self.engine.open(match, ids, len(ids) + room, front=front)
             if media is None or media.floor(len(sequence.ids)) == len(sequence.ids):
                 if front and restore is None:
                     front, plan = 0, Plan(match)
-                return Attempt(ids, match, sequence, restore, tiers, media, front, plan.reason)
+                return Attempt(ids, match, sequence, restore, tiers, media, front, audited, plan.reason)
             # A block was gone when it was opened, and what is left ends inside a picture.
             if restore is not None:
                 restore.cancel()

@@ -338,6 +338,8 @@ class KVStore(StoreAdmin):
         if self._disk is not None:
             with self._quiet("discard"):
                 self._disk.quarantine(key, reason)
+        else:
+            self._problems.report(f"bad:{key.hex()}", f"block {key.hex()[:12]} was dropped: {reason}")
 
     def reserve(self, owner: str, nbytes: int) -> None:
         """Count bytes of a live cache against the budget of host memory; 0 gives them back."""

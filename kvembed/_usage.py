@@ -39,6 +39,7 @@ class Usage:
         bypass_reason: Why the call went to transformers untouched, in words.
         deterministic: True when reuse was held to what makes the call bit-identical to a cold one.
         stored_tokens: Tokens whose KV this call handed to the store.
+        audited: True when stored KV that this call uses was computed again and compared.
     """
 
     prompt_tokens: int = 0
@@ -56,6 +57,7 @@ class Usage:
     bypass_reason: str | None = None
     deterministic: bool = False
     stored_tokens: int = 0
+    audited: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cached_tokens_by_tier", ordered_tiers(self.cached_tokens_by_tier))
@@ -143,6 +145,8 @@ class Usage:
             rows.append(("saved", f"≈ {format_seconds(max(0.0, self.saved_s))}"))
         if self.deterministic:
             rows.append(("deterministic", "yes"))
+        if self.audited:
+            rows.append(("audited", "yes"))
         if self.stored_tokens:
             rows.append(("stored tokens", self.stored_tokens))
         notes = "".join(f'<div style="opacity:.8">{escape(note)}</div>' for note in self._notes())

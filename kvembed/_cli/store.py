@@ -162,6 +162,11 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def verify(
         fix: bool = typer.Option(False, "--fix", help="Repair: bad files are moved to quarantine, lost rows dropped."),
+        recompute: bool = typer.Option(
+            False, "--recompute", help="Compute the blocks of --model again instead, and quarantine what differs."
+        ),
+        model: str = typer.Option("smollm2", help="With --recompute: alias, hub id, folder or GGUF file."),
+        dtype: str = typer.Option("auto", help="With --recompute: type of the weights."),
         folder: _common.DirOption = None,
         as_json: _common.JsonOption = False,
     ) -> None:
@@ -169,6 +174,11 @@ def register(app: typer.Typer) -> None:
 
         Ends with status 1 when something is wrong and was not repaired.
         """
+        if recompute:
+            from kvembed._cli.recompute import recompute as run
+
+            run(model, dtype, folder, as_json=as_json)
+            return
         store = _common.open_store(folder)
         if store is None:
             _absent(folder, as_json, {"blocks": 0, "nbytes": 0, "problems": [], "fixed": 0, "ok": True})

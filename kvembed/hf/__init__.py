@@ -26,6 +26,7 @@ from kvembed.hf._caches import (
     probe_cache_spec,
     state_tensors,
     states_nbytes,
+    tensors_in,
     truncate,
 )
 from kvembed.hf._compat import CHUNKS_RESUME, check_version
@@ -52,5 +53,6 @@ __all__ = [
     "probe_cache_spec",
     "state_tensors",
     "states_nbytes",
+    "tensors_in",
     "truncate",
 ]

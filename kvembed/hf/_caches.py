@@ -36,6 +36,7 @@ __all__ = [
     "probe_cache_spec",
     "state_tensors",
     "states_nbytes",
+    "tensors_in",
     "truncate",
 ]
 
@@ -55,7 +56,7 @@ def probe_cache_spec(cache: Any, block_size: int) -> CacheSpec:
     if type(cache) is not DynamicCache:
         raise UnsupportedModelError(f"cache class {type(cache).__name__} cannot be kept")
     for name, value in vars(cache).items():
-        if name != "layers" and any(True for _ in _tensors_in(value)):
+        if name != "layers" and any(True for _ in tensors_in(value)):
             raise UnsupportedModelError(f"the model keeps {name} on the cache, beside its layers")
     layers = tuple(_probe_layer(i, layer) for i, layer in enumerate(cache.layers))
     spec = CacheSpec(layers, block_size)
@@ -78,7 +79,7 @@ def _probe_layer(index: int, layer: Any) -> LayerSpec:
     if type(layer) in HYBRIDS and keys is not None and values is not None:
         return LayerSpec(name, _probe_rows(index, layer, keys, values), has_state=True)
     # A layer nothing ever comes to has nothing to keep.
-    return LayerSpec(name, has_state=any(True for _ in _tensors_in(vars(layer))))
+    return LayerSpec(name, has_state=any(True for _ in tensors_in(vars(layer))))
 
 
 def _probe_rows(index: int, layer: Any, keys: Any, values: Any) -> RowsSpec:
@@ -206,18 +207,19 @@ def states_nbytes(cache: Any) -> int:
 
 def state_tensors(layer: Any) -> list[torch.Tensor]:
     """Return the tensors of a layer that belong to a position."""
-    return list(_tensors_in(state_attributes(layer)))
+    return list(tensors_in(state_attributes(layer)))
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of nested attributes, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
 
 
 def common_length(cache: Any) -> int | None:

@@ -76,6 +76,18 @@ def test_warm_stores_a_document_once(run: Run, run_json: Run, tiny_folder: Path,
     assert "tokens in" in out
 
 
+def test_verify_computes_again(run: Run, run_json: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    file, store = tmp_path / "notes.txt", tmp_path / "store"
+    file.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    options = ("--model", tiny_folder, "--dtype", "float32", "--dir", store)
+    run_json("warm", file, *options)
+    report = run_json("verify", "--recompute", *options)
+    assert report["ok"]
+    assert report["blocks"] >= 3
+    assert report["bad"] == []
+    assert "computed again" in run("verify", "--recompute", *options).stdout
+
+
 def test_warm_of_no_file(run: Run, tmp_path: Path) -> None:
     assert "FILE" in run("warm", tmp_path / "absent.txt", status=2).stderr
 
