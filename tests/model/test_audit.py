@@ -89,9 +89,9 @@ class _Always(random.Random):
         """Always below any share."""
         return 0.0
 
-    def randrange(self, *args: int) -> int:
+    def randrange(self, start: int, stop: int | None = None, step: int = 1) -> int:
         """Two, where there are so many."""
-        return min(2, args[0] - 1)
+        return min(2, start - 1)
 
 
 def test_without_an_audit_the_wrong_block_is_used(lab: Lab, llama: Any) -> None:
