@@ -61,6 +61,9 @@ class EncodedBlock:
         write_file(path, buffers, sync=sync)
 
 
+_PART = 4 << 20  # bytes at a time where a file is only checked
+
+
 def _checksum(buffers: Sequence[memoryview]) -> int:
     """Return the xxh3-64 of ``buffers`` taken as one run of bytes."""
     if len(buffers) == 1:
@@ -108,6 +111,7 @@ class BlockFileSource:
         self.layout: Layout = header.layout
         self.token_ids: TokenIds = token_ids
         self.created = header.created
+        self.file_nbytes = header.file_nbytes
         self._file = file
         self._header = header
 
@@ -157,16 +161,39 @@ class BlockFileSource:
             at = end
         return Block(self.info, self.token_ids, self.layout, data)
 
+    def check_all(self) -> None:
+        """Read and check every tensor, keeping none: a file may be larger than the memory.
+
+        Raises:
+            BlockFormatError: Some bytes are not those that were stored.
+        """
+        buffer = memoryview(bytearray(min(_PART, max(1, self.info.nbytes))))
+        at = self._header.data_start
+        for number, spec in enumerate(self.layout.tensors):
+            state, left = xxhash.xxh3_64(), spec.nbytes(self.info.n_tokens)
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                try:
+                    self._file.read_into([part], at)
+                except OSError as error:
+                    raise BlockFormatError(f"tensor {number} cannot be read: {error.strerror}") from error
+                state.update(part)
+                at, left = at + len(part), left - len(part)
+            if state.intdigest() != self._header.checksums[number]:
+                raise BlockFormatError(f"tensor {number} does not match its checksum")
+
     def close(self) -> None:
         """Close the file; harmless when repeated."""
         self._file.close()
 
 
 @contextlib.contextmanager
-def _opened(path: Path, *, portable: bool = False, keep: bool = False):
+def _opened(path: Path, *, portable: bool = False, keep: bool = False, max_bytes: int | None = None):
     fd, size = open_regular(path)
     file = random_access(fd, portable=portable)
     try:
+        if max_bytes is not None and size > max_bytes:
+            raise BlockFormatError(f"the file has {size:,} bytes, more than the whole store may take")
         yield file, _read_header(file, size)
     except BaseException:
         file.close()
@@ -176,19 +203,20 @@ def _opened(path: Path, *, portable: bool = False, keep: bool = False):
             file.close()
 
 
-def open_block(path: Path, *, portable: bool = False) -> BlockFileSource:
+def open_block(path: Path, *, portable: bool = False, max_bytes: int | None = None) -> BlockFileSource:
     """Open a block file; header and token ids are checked now, the KV as it is read.
 
     Args:
         path: The file.
         portable: Use the reading path that works on every system.
+        max_bytes: Refuse a larger file: it may be one big hole, and say in its header that it is right.
 
     Raises:
         FileNotFoundError: There is no such file.
         BlockFormatError: It must not be used; the message says why.
         OSError: It cannot be opened or read now.
     """
-    with _opened(path, portable=portable, keep=True) as (file, header):
+    with _opened(path, portable=portable, keep=True, max_bytes=max_bytes) as (file, header):
         return BlockFileSource(file, header, _read_ids(file, header))
 
 
@@ -198,9 +226,9 @@ def read_header(path: Path) -> BlockHeader:
         return header
 
 
-def read_ids(path: Path) -> TokenIds:
+def read_ids(path: Path, *, max_bytes: int | None = None) -> TokenIds:
     """Return the checked token ids of a block file; raises like `open_block`."""
-    with _opened(path) as (file, header):
+    with _opened(path, max_bytes=max_bytes) as (file, header):
         return _read_ids(file, header)
 
 

@@ -30,7 +30,8 @@ __all__ = ["FORMAT_VERSION", "MAX_HEADER_BYTES", "BlockHeader", "build_header", 
 FORMAT_VERSION = 1
 """Version of the block file; another number is refused by name, and reading it is left to that version."""
 
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 2 << 20
+"""Room for more than 10,000 tensors. JSON made to be large in memory grows some 25 times when it is parsed."""
 _MAX_TOKENS = 1 << 20
 _ALIGN = 64
 _NAME = re.compile(r"([0-9]{4,9})\.([A-Za-z0-9_]{1,64})")

@@ -12,6 +12,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from kvembed._errors import StoreClosedError
+from kvembed._mounts import network_filesystem
 from kvembed._schema import migrate
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class _Connection:
     __del__ = close
 
 
-def _use_wal(db: sqlite3.Connection) -> None:
-    # While another process makes the same change SQLite answers "locked" at once, busy timeout or not.
+def _set_journal(db: sqlite3.Connection, network: bool) -> None:
+    # Readers of a WAL share memory, which two machines do not have: on a network file system SQLite needs its older
+    # journal. While another process makes the same change it answers "locked" at once, busy timeout or not.
+    mode = "DELETE" if network else "WAL"
     deadline = time.monotonic() + _BUSY_S
     while True:
         try:
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA journal_mode = {mode}")
             return
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
@@ -79,6 +82,7 @@ class Connections:
         self._path = path
         self._read_only = read_only
         self._sync = sync
+        self._network = not read_only and network_filesystem(path.parent) is not None
         self._immutable = False
         self._closed = False
         self._inherited: list[sqlite3.Connection] = []
@@ -186,7 +190,7 @@ class Connections:
         db = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             if not self._read_only:
-                _use_wal(db)
+                _set_journal(db, self._network)
                 # NORMAL: a power cut may lose the last commits, never the database; lost rows are found
                 # again by the clean-up, since the files are the truth.
                 db.execute(f"PRAGMA synchronous = {'FULL' if self._sync else 'NORMAL'}")

@@ -241,7 +241,8 @@ class Engine:
         for stored, n in match.stored:
             if stored.info.start < position:
                 continue
-            source = self.store.open(stored.info.key)
+            # What was matched as exact has to be: the catalog may be another's.
+            source = self.store.open(stored.info.key, exact_only=stored.info.exact)
             if source is None:
                 break
             same = source.info.start == position and np.array_equal(source.token_ids[:n], ids[position : position + n])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from kvembed._errors import BlockFormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "is_temp_name",
     "open_regular",
     "random_access",
+    "read_small",
+    "shown",
     "temp_path",
     "unlink_quietly",
     "write_all",
@@ -69,6 +71,21 @@ def _advance(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
     return []
 
 
+def _read_whole(read: Callable[[int, int], bytes | None], nbytes: int) -> bytes:
+    """Call ``read(bytes wanted, bytes so far)`` until there is enough or the file ends.
+
+    A read may return less than asked, on network file systems above all. Taken for the end of the file that would
+    condemn a good one.
+    """
+    data = read(nbytes, 0) or b""
+    while len(data) < nbytes:
+        more = read(nbytes - len(data), len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 class _PositionalFile:
     """`RandomAccess` over ``os.preadv``: no seek, so no lock between threads."""
 
@@ -76,7 +93,7 @@ class _PositionalFile:
         self._fd = fd
 
     def read(self, nbytes: int, offset: int) -> bytes:
-        return os.pread(self._fd, nbytes, offset)
+        return _read_whole(lambda n, done: os.pread(self._fd, n, offset + done), nbytes)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         left: Sequence[memoryview] = buffers
@@ -90,7 +107,8 @@ class _PositionalFile:
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # it was only read: there is nothing to lose
+                os.close(fd)
 
     __del__ = close
 
@@ -105,7 +123,7 @@ class _SeekingFile:
     def read(self, nbytes: int, offset: int) -> bytes:
         with self._lock:
             self._file.seek(offset)
-            return self._file.read(nbytes)
+            return _read_whole(lambda n, _: self._file.read(n), nbytes)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> None:
         with self._lock:
@@ -155,6 +173,23 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[int, int]:
         os.close(fd)
         raise
     return fd, info.st_size
+
+
+def read_small(path: str | os.PathLike[str], limit: int = 1 << 20) -> bytes:
+    """Return the content of a small regular file; raises like `open_regular`, and when it is larger than ``limit``."""
+    fd, size = open_regular(path)
+    file = random_access(fd)
+    try:
+        if size > limit:
+            raise BlockFormatError(f"larger than {limit:,} bytes")
+        return file.read(size, 0)
+    finally:
+        file.close()
+
+
+def shown(name: str) -> str:
+    """Return a file's name as it can be printed: one with control characters or broken bytes is escaped."""
+    return name if name.isprintable() else ascii(name)
 
 
 def write_all_portable(fd: int, buffers: Sequence[memoryview]) -> None:

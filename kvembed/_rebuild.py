@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvembed._blockfile import open_block
 from kvembed._catalog import Catalog
 from kvembed._errors import BlockFormatError
-from kvembed._files import disk_usage, is_temp_name, unlink_quietly
+from kvembed._files import disk_usage, is_temp_name, read_small, unlink_quietly
 from kvembed._keys import probe_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def read_row(path: Path) -> tuple[BlockInfo, bytes, int, float]:
     try:
         if f"{source.info.key.hex()}{_SUFFIX}" != path.name:
             raise BlockFormatError("it holds another block")
-        size = disk_usage(path.lstat().st_size)
+        size = disk_usage(source.file_nbytes)
         return source.info, probe_of(source.info.parent, source.token_ids), size, source.created
     finally:
         source.close()
@@ -118,7 +118,9 @@ def _problem(root: Path, path: Path) -> str:
     """Return why a catalog cannot be used, or nothing: it can, or there is nothing to lose."""
     if Catalog.damage_mark(path).exists():
         return "was found damaged"
-    if not path.exists():
+    if not path.is_file() or path.is_symlink():
+        if path.is_symlink() or path.exists():
+            return "is not a regular file"
         return "is missing" if path.with_name(f"{path.name}-wal").exists() or has_blocks(root) else ""
     if path.stat().st_size == 0 and has_blocks(root):
         return "is empty"
@@ -150,8 +152,9 @@ def _move_aside(root: Path, path: Path) -> None:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.chmod(0o600)
+        if part.is_symlink() or part.exists():
+            if not part.is_symlink():
+                part.chmod(0o600)
             part.replace(root / "quarantine" / f"{part.name}.{stamp}")
 
 
@@ -162,8 +165,9 @@ def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) 
     try:
         for file in sorted((root / "namespaces").glob("*.json")):
             try:
-                digest, fields = bytes.fromhex(file.stem), json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, OSError, RecursionError):
+                # Not read_text(): a FIFO of that name would never end.
+                digest, fields = bytes.fromhex(file.stem), json.loads(read_small(file))
+            except (ValueError, OSError, RecursionError, BlockFormatError):
                 continue  # a namespace without fields only explains less
             if len(digest) == 32 and isinstance(fields, dict):
                 catalog.add_namespace(digest, fields)
@@ -219,8 +223,9 @@ def adopt(disk: DiskTier, folder: Path, before: float) -> None:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.stat(follow_symlinks=False).st_mtime >= before:
-                    continue
+                changed = entry.stat(follow_symlinks=False).st_mtime
+                if before <= changed <= before + 2 * _STALE_S:
+                    continue  # new, or being written; what lies further ahead is from before a clock was set back
                 if is_temp_name(entry.name):
                     unlink_quietly(Path(entry.path))
                 elif entry.name.endswith(_SUFFIX) and len(entry.name) == 64 + len(_SUFFIX):

@@ -107,7 +107,7 @@ class Snapshots:
 
     def load(self, cache: Any, stored: StoredBlock) -> bool:
         """Put a snapshot into a new cache; False when it is gone or bad (then the cache must not be used)."""
-        source = self._store.open(stored.info.key)
+        source = self._store.open(stored.info.key, exact_only=stored.info.exact)
         if source is None:
             return False
         try:

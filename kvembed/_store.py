@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvembed._block import Block, BlockInfo
+    from kvembed._blockfile import BlockFileSource
     from kvembed._catalog import Catalog
     from kvembed._keys import TokenIds
     from kvembed._tiers._base import BlockSource
@@ -89,9 +90,8 @@ class KVStore(StoreAdmin):
             opened = open_folder(path, read_only, sync=durability == "safe")
             self.path, self._catalog, self._read_only = opened.path, opened.catalog, opened.read_only
             if opened.catalog is not None:
-                used = opened.catalog.counters().file_bytes
                 try:
-                    budget = disk_budget(max_disk_bytes, opened.path, used)
+                    budget = disk_budget(max_disk_bytes, opened.path, opened.used)
                 except BaseException:
                     opened.catalog.close()
                     raise
@@ -294,6 +294,10 @@ class KVStore(StoreAdmin):
             if source is None:
                 continue
             if exact_only and not source.info.exact:
+                if self._disk is not None and source.tier == "disk":
+                    # Looked for because its row says that it is exact: the catalog is another's, or damaged.
+                    with self._quiet("open"):
+                        self._disk.correct(cast("BlockFileSource", source))
                 source.close()
                 continue
             counts = self._tier_hits[source.tier]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from kvembed._catalog import Catalog
 from kvembed._errors import ConfigError, StoreError, StoreReadOnlyError
+from kvembed._files import fsync_dir
+from kvembed._mounts import network_filesystem
 from kvembed._paths import make_private_dir, store_dir
 from kvembed._rebuild import CATALOG_NAME, adopt_all, has_blocks, open_or_rebuild
 
@@ -25,6 +27,7 @@ class OpenedFolder:
         path: The folder.
         catalog: Its catalog, or None when it cannot be used.
         read_only: Nothing may be written.
+        used: Bytes of the block files, by the catalog.
         warnings: What the user should be told.
         writer: Name and version recorded in files.
     """
@@ -32,6 +35,7 @@ class OpenedFolder:
     path: Path
     catalog: Catalog | None
     read_only: bool
+    used: int = 0
     warnings: list[str] = field(default_factory=list)
     writer: str = "kvembed"
 
@@ -42,8 +46,17 @@ def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None, *, 
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; a store needs a folder, pass another path to KVStore")
     result = OpenedFolder(folder, None, bool(read_only), writer=_writer_name())
+    network = network_filesystem(folder)
+    if network is not None:
+        result.warnings.append(
+            f"{folder} is on a network file system ({network}), where locks between machines are not reliable; use it "
+            "from one machine at a time, or pass a local folder to KVStore"
+        )
     if not read_only:
+        new = not folder.exists()
         error = _prepare(folder)
+        if error is None and sync and new:
+            fsync_dir(folder.parent)
         if error is not None:
             if read_only is False or not (folder / CATALOG_NAME).is_file():
                 raise StoreReadOnlyError(
@@ -54,10 +67,20 @@ def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None, *, 
             result.warnings.append(
                 f"{folder} cannot be written ({error.strerror}); opened read-only, nothing is stored"
             )
-    if result.read_only:
-        _open_read_only(result)
-    else:
-        _open_writable(result, sync)
+    try:
+        if result.read_only:
+            _open_read_only(result)
+        else:
+            _open_writable(result, sync)
+        if result.catalog is not None:
+            result.used = result.catalog.counters().file_bytes
+    except (sqlite3.Error, OSError) as error:
+        if result.catalog is not None:
+            result.catalog.close()
+        raise StoreError(
+            f"{folder / CATALOG_NAME} cannot be opened ({error}); wait for other users of the folder or pass another "
+            "path to KVStore"
+        ) from error
     return result
 
 
@@ -94,23 +117,18 @@ def _open_read_only(result: OpenedFolder) -> None:
 
 def _open_writable(result: OpenedFolder, sync: bool) -> None:
     path = result.path / CATALOG_NAME
-    try:
-        result.catalog = _open_usable(path, sync)
-        if result.catalog is None:
-            result.catalog, words = open_or_rebuild(result.path, sync=sync)
-            result.warnings.extend([words] if words else [])
-        # No rows beside block files: a process was killed between its first block and the row of it.
-        if result.catalog.counters().blocks == 0 and has_blocks(result.path):
-            adopt_all(result.path, result.catalog)
-    except sqlite3.Error as error:
-        raise StoreError(
-            f"{path} cannot be opened ({error}); wait for other users of the folder or pass another path to KVStore"
-        ) from error
+    result.catalog = _open_usable(path, sync)
+    if result.catalog is None:
+        result.catalog, words = open_or_rebuild(result.path, sync=sync)
+        result.warnings.extend([words] if words else [])
+    # No rows beside block files: a process was killed between its first block and the row of it.
+    if result.catalog.counters().blocks == 0 and has_blocks(result.path):
+        adopt_all(result.path, result.catalog)
 
 
 def _open_usable(path: Path, sync: bool) -> Catalog | None:
     """Return the catalog, or None when it is missing or bad: then it takes the lock to go on."""
-    if Catalog.damage_mark(path).exists() or not path.exists() or path.stat().st_size == 0:
+    if Catalog.damage_mark(path).exists() or path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
         return None
     catalog = None
     try:

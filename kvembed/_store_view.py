@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sqlite3
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from kvembed._errors import ConfigError, StoreError
 from kvembed._files import write_file
@@ -13,7 +14,7 @@ from kvembed._keys import snapshot_key
 from kvembed._store_types import PrefixEntry, StoreStats, TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from kvembed._block import BlockInfo
@@ -26,16 +27,30 @@ if TYPE_CHECKING:
 
 __all__ = ["StoreView", "explicit"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_S = TypeVar("_S", bound="StoreView")
 _SORTS = {"used": "last_used DESC", "tokens": "start + n_tokens DESC", "created": "created DESC"}
 
 
-@contextlib.contextmanager
-def explicit() -> Iterator[None]:
-    """Turn the catalog's errors into ours, for the verbs that do raise; used as a decorator."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StoreError(f"the store's catalog failed ({error}); try again, or open the store anew") from error
+def explicit() -> Callable[[Callable[Concatenate[_S, _P], _R]], Callable[Concatenate[_S, _P], _R]]:
+    """Turn the errors of catalog and disk into ours, for the verbs that do raise; used as a decorator."""
+
+    def decorate(verb: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
+        @functools.wraps(verb)
+        def call(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+            try:
+                return verb(self, *args, **kwargs)
+            except sqlite3.Error as error:
+                if self._catalog is not None:
+                    self._catalog.note_damage(error)
+                raise StoreError(f"the store's catalog failed ({error}); try again, or open the store anew") from error
+            except OSError as error:
+                raise StoreError(f"the store's folder failed ({error}); try again") from error
+
+        return call
+
+    return decorate
 
 
 class StoreView:

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvembed._blockfile import read_block
+from kvembed._blockfile import open_block
 from kvembed._errors import BlockFormatError
-from kvembed._files import disk_usage, is_temp_name, unlink_quietly
+from kvembed._files import disk_usage, is_temp_name, shown, unlink_quietly
 from kvembed._rebuild import block_files, read_row
 from kvembed._store_types import VerifyReport
 
@@ -57,6 +57,8 @@ def verify_folder(disk: DiskTier, fix: bool, on_progress: Callable[[int, int], N
                 blocks, nbytes = blocks + 1, nbytes + size
         if on_progress is not None:
             on_progress(done, len(files))
+    for path in sorted(disk.root.glob(".*.tmp")) + sorted(disk.root.glob("*/.*.tmp")):
+        _stray(path, findings)
     with disk.catalog.connection() as db:
         answer = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if answer != "ok":
@@ -82,22 +84,27 @@ def _key_of(disk: DiskTier, path: Path) -> bytes | None:
 
 def _stray(path: Path, findings: _Findings) -> None:
     if not is_temp_name(path.name):
-        findings.add(f"{path.name}: not a file of the store (left alone)")
+        findings.add(f"{shown(path.name)}: not a file of the store (left alone)")
         return
     try:
         age = time.time() - path.lstat().st_mtime
     except FileNotFoundError:
         return
-    if age > _TEMP_AGE_S:
-        findings.add(f"{path.name}: left over from a write that was cut off", lambda: unlink_quietly(path))
+    # Far in the future too: the clock was set back since.
+    if abs(age) > _TEMP_AGE_S:
+        findings.add(f"{shown(path.name)}: left over from a write that was cut off", lambda: unlink_quietly(path))
 
 
 def _check_file(disk: DiskTier, path: Path, key: bytes, findings: _Findings) -> int | None:
     try:
-        block = read_block(path)
-        size = path.lstat().st_size
-        if block.key != key:
-            raise BlockFormatError("it holds another block")
+        source = open_block(path, max_bytes=disk.largest_file)
+        info, size = source.info, source.file_nbytes
+        try:
+            if info.key != key:
+                raise BlockFormatError("it holds another block")
+            source.check_all()
+        finally:
+            source.close()
     except FileNotFoundError:
         return None  # evicted by another process since the folder was listed
     except BlockFormatError as error:
@@ -112,7 +119,7 @@ def _check_file(disk: DiskTier, path: Path, key: bytes, findings: _Findings) -> 
     repair = functools.partial(_enter, disk, path)
     if row is None:
         findings.add(f"{path.name}: missing in the catalog", repair)
-    elif row.info != block.info or row.file_bytes != disk_usage(size):
+    elif row.info != info or row.file_bytes != disk_usage(size):
         findings.add(f"{path.name}: the catalog says something else about it", repair)
     return size
 
@@ -139,5 +146,6 @@ def _check_modes(disk: DiskTier, files: list[Path], findings: _Findings) -> None
             continue
         mode = 0o700 if stat.S_ISDIR(info.st_mode) else 0o600
         findings.add(
-            f"{path.name}: others may read it (mode {stat.S_IMODE(info.st_mode):o})", lambda p=path, m=mode: p.chmod(m)
+            f"{shown(path.name)}: others may read it (mode {stat.S_IMODE(info.st_mode):o})",
+            lambda p=path, m=mode: p.chmod(m),
         )

@@ -313,6 +313,9 @@ class Writer:
         source = disk.open(key)
         if source is None:
             return
+        if source.info.nbytes > cpu.max_bytes:
+            source.close()
+            return
         try:
             block = source.read_all()
         except BlockFormatError as error:

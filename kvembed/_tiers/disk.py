@@ -28,6 +28,7 @@ __all__ = ["DiskTier"]
 
 _FOLDERS = 256
 _QUARANTINE_FILES = 8
+_BELIEVABLE = 1 << 30  # a file up to so many bytes is looked at whatever the budget is: budgets are made smaller
 
 
 def _ignore(kind: str, message: str) -> None:
@@ -66,6 +67,8 @@ class DiskTier:
         self.catalog = catalog
         self.max_bytes = max_bytes
         self._sync = durability == "safe"
+        self.largest_file = max(max_bytes, _BELIEVABLE)
+        """A larger file is not believed to be a block."""
         self._report = report
         self._writer = writer
         # Found bad, but the catalog could not be told (it is read-only, or locked).
@@ -200,7 +203,7 @@ class DiskTier:
         if key in self._bad:
             return None
         try:
-            source = open_block(self.path(key))
+            source = open_block(self.path(key), max_bytes=self.largest_file)
             if source.info.key == key:
                 return source
             source.close()
@@ -213,10 +216,16 @@ class DiskTier:
             self._report(f"read:{error.errno}", f"block {key.hex()[:12]} cannot be read now: {error.strerror}")
         return None
 
+    def correct(self, source: BlockFileSource) -> None:
+        """Enter the row of a block anew, from what its file says: the catalog said something else."""
+        if not self.catalog.read_only:
+            probe = probe_of(source.info.parent, source.token_ids)
+            self.catalog.insert([(source.info, probe, disk_usage(source.file_nbytes), source.created)])
+
     def read_ids(self, key: bytes) -> TokenIds | None:
         """Return the token ids of a block, or None like `open`."""
         try:
-            return read_ids(self.path(key))
+            return read_ids(self.path(key), max_bytes=self.largest_file)
         except FileNotFoundError:
             self._forget(key, None)
         except BlockFormatError as error:
@@ -227,12 +236,13 @@ class DiskTier:
 
     def quarantine(self, key: bytes, reason: str) -> None:
         """Move a file that must not be used out of the way, and forget the block."""
-        self._report(f"bad:{key.hex()}", f"block {key.hex()[:12]} was dropped: {reason}")
+        path = self.path(key)
+        folder = self.root / "quarantine"
+        kept = "" if self.catalog.read_only else f" (kept in {folder} for a while)"
+        self._report(f"bad:{key.hex()}", f"the block file {path.name} was dropped{kept}: {reason}")
         self._bad.add(key)
         if self.catalog.read_only:
             return
-        path = self.path(key)
-        folder = self.root / "quarantine"
         target = folder / path.name
         try:
             folder.mkdir(mode=0o700, exist_ok=True)

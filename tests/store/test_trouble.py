@@ -101,26 +101,6 @@ def test_a_missing_file_is_a_miss(tmp_path: Path) -> None:
         assert_reads(store, block, "disk")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX files")
-@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
-def test_something_else_in_place_of_a_file(tmp_path: Path, kind: str) -> None:
-    block, other = random_block(seed=1), random_block(seed=2)
-    with KVStore(tmp_path, max_cpu_bytes=None) as store:
-        put_all(store, [block, other])
-        store.flush()
-        path = block_path(store, block)
-        path.unlink()
-        if kind == "fifo":
-            os.mkfifo(path)
-        elif kind == "link":
-            path.symlink_to(block_path(store, other))
-        else:
-            path.mkdir()
-        assert store.open(block.key) is None
-        assert store.lookup([block.key]) == []
-        assert_reads(store, other, "disk")
-
-
 def test_too_many_open_files_is_no_reason_to_drop_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = random_block()
     with KVStore(tmp_path, max_cpu_bytes=None) as store:

@@ -1,0 +1,1 @@
+"""Files that somebody, or a bad disk, has made other than kvembed did."""
