@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
@@ -117,6 +118,19 @@ class KVStore(StoreAdmin):
         )
         # When the store is dropped without close() the thread finishes its queue and ends.
         weakref.finalize(self, self._writer.request_stop).atexit = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> KVStore:
+        """Remember how the store was made, for `__reduce__`."""
+        store = super().__new__(cls)
+        store._made_with = args[1:], kwargs
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the same folder in the process that unpickles this: what a spawned process is handed."""
+        if self.path is None:
+            raise ConfigError("a store in memory only cannot be handed to another process; give it a path")
+        args, kwargs = self._made_with
+        return functools.partial(type(self), **{**kwargs, "path": self.path}), args
 
     # -- guards ------------------------------------------------------------------------------------
 

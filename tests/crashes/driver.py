@@ -107,6 +107,14 @@ def check(load: Workload, root: Path, flushed: list[bytes], *, strict: bool) -> 
 def _check_open(
     load: Workload, root: Path, store: KVStore, flushed: list[bytes], wrong: list[str], strict: bool
 ) -> None:
+    assert store._catalog is not None
+    assert store._disk is not None
+    if strict and not load.damaged:
+        # Written before its row is committed, and deleted after it.
+        without = [
+            row.info.key.hex()[:8] for row in store._catalog.rows() if not store._disk.path(row.info.key).exists()
+        ]
+        wrong += [f"rows without files: {without}"] if without else []
     _read(store, wrong, "before the repair")
     problems = store.take_problems()
     if strict and not load.damaged and problems:
@@ -125,7 +133,6 @@ def _check_open(
         must = {block.key for block in load.before} | (set(flushed) - may_go)
         if missing := must - here:
             wrong.append(f"{len(missing)} blocks are lost: {sorted(key.hex()[:8] for key in missing)}")
-    assert store._catalog is not None
     counters, rows = store._catalog.counters(), list(store._catalog.rows())
     sums = (len(rows), sum(r.info.nbytes for r in rows), sum(r.file_bytes for r in rows))
     if (counters.blocks, counters.nbytes, counters.file_bytes) != sums:

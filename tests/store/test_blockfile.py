@@ -163,6 +163,32 @@ def test_short_reads_are_continued(path: Path, block: Block, monkeypatch: pytest
     assert calls > 100
 
 
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_short_read_of_the_header_is_not_the_end_of_the_file(
+    path: Path, block: Block, monkeypatch: pytest.MonkeyPatch, portable: bool
+) -> None:
+    if portable:
+        real = _files.os.fdopen
+
+        class Slow:
+            def __init__(self, file: Any) -> None:
+                self._file = file
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._file, name)
+
+            def read(self, n: int) -> bytes:
+                return self._file.read(min(n, 1000))
+
+        monkeypatch.setattr(os, "fdopen", lambda *args, **kwargs: Slow(real(*args, **kwargs)))
+    elif hasattr(os, "pread"):
+        pread = os.pread
+        monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, min(n, 1000), at))
+    source = open_block(path, portable=portable)
+    assert np.array_equal(source.read_all().data, block.data)
+    source.close()
+
+
 @pytest.mark.skipif(not hasattr(os, "writev"), reason="this system has no writev")
 def test_short_writes_are_continued(tmp_path: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(fd: int, buffers: Sequence[memoryview]) -> int:
