@@ -59,6 +59,8 @@ class KVStore(StoreAdmin):
         StoreFormatError: The store was written by a newer kvembed.
     """
 
+    _made_with: tuple[tuple[Any, ...], dict[str, Any]]
+
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,

@@ -111,9 +111,8 @@ def _check_open(
     assert store._disk is not None
     if strict and not load.damaged:
         # Written before its row is committed, and deleted after it.
-        without = [
-            row.info.key.hex()[:8] for row in store._catalog.rows() if not store._disk.path(row.info.key).exists()
-        ]
+        keys = [row.info.key for row in store._catalog.rows()]
+        without = [key.hex()[:8] for key in keys if not store._disk.path(key).exists()]
         wrong += [f"rows without files: {without}"] if without else []
     _read(store, wrong, "before the repair")
     problems = store.take_problems()

@@ -107,7 +107,7 @@ def test_generation_goes_on(
     assert broken.failed
     text = "; ".join(messages)
     if what != "close":  # of files that were read; nothing is lost with those
-        assert (error.strerror if isinstance(error, OSError) else str(error)) in text
+        assert (str(error.strerror) if isinstance(error, OSError) else str(error)) in text
     # Every kind of trouble is told once: at most one sentence for a lookup, a read, a write ...
     told = [part.split(":")[0] for part in text.split("; ")]
     assert len([part for part in told if part.startswith("blocks are kept in memory")]) <= 1

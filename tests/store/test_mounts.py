@@ -93,7 +93,9 @@ def test_a_store_on_a_network_file_system(tmp_path: Path, monkeypatch: pytest.Mo
         with store._catalog.connection() as db:
             assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert not (tmp_path / "kvembed.db-shm").exists()
-        with pytest.warns(StoreWarning), KVStore(tmp_path, max_cpu_bytes=None) as other:
+        with pytest.warns(StoreWarning):
+            other = KVStore(tmp_path, max_cpu_bytes=None)
+        with other:
             assert len(other.lookup(keys_of(random_chain(3)))) == 3
             other.put(random_block(seed=9))
         assert len(store.lookup([random_block(seed=9).key])) == 1
