@@ -16,8 +16,8 @@ __all__ = ["MUTATIONS", "mutated", "rewritten"]
 
 
 def header_end(good: bytes) -> int:
-    """Return where the KV of a good file begins."""
-    return 8 + int.from_bytes(good[:8], "little")
+    """Return where the KV of a good file begins, and somewhere in a file that is good no more."""
+    return min(8 + int.from_bytes(good[:8], "little"), len(good) - 200)
 
 
 def rewritten(
