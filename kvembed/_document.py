@@ -106,7 +106,7 @@ class Document:
             usage = Usage(prompt_tokens=len(ids), bypass_reason=model.support)  # nothing was computed
         else:
             usage = model.prefill(ids, progress=progress)
-        document = cls(model, name or found_name, ids, after, usage)
+        document = cls(model, name or found_name or _digits(model, ids), ids, after, usage)
         if pin:
             document.pin()
         return document
@@ -206,10 +206,15 @@ def _is_file(text: str) -> bool:
         return False
 
 
+def _digits(model: CachedModel, ids: TokenIds) -> str:
+    """Return a name for a text that says nothing of it: a pinned name is written to the catalog."""
+    return f"text-{chain_keys(model._engine.root, ids, len(ids))[0].hex()[:12]}"
+
+
 def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return the text and a name for it."""
+    """Return the text, and the name of its file if there is one."""
     if isinstance(source, str) and not _is_file(source):
-        return source, " ".join(source.split()[:6])[:48]
+        return source, ""
     path = Path(source)
     try:
         return path.read_text(encoding="utf-8"), path.name
@@ -217,7 +222,8 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
         raise ConfigError(
             f"no file {str(path)!r}: pass the text itself, or the path of an existing text file"
         ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name!r} is not UTF-8 text: convert it to text first") from error
+    except UnicodeDecodeError:
+        # Not `from error`: it holds the whole text, and would take it into logs.
+        raise ConfigError(f"{path.name!r} is not UTF-8 text: convert it to text first") from None
     except OSError as error:
         raise ConfigError(f"{path.name!r} cannot be read: {error.strerror or error}") from error

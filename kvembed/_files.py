@@ -15,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from kvembed._errors import BlockFormatError
+from kvembed._paths import make_private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -251,7 +252,7 @@ def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False)
             fd = os.open(temp, flags, 0o600)
         except FileNotFoundError:
             # Also when another process has just removed the empty folder: hence here, not before.
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_dir(path.parent)
             new_folder = True
             fd = os.open(temp, flags, 0o600)
         try:

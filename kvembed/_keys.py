@@ -41,7 +41,7 @@ def as_token_ids(ids: Sequence[int] | np.ndarray) -> TokenIds:
 
 def root_key(fingerprint: bytes, salt: str = "") -> bytes:
     """Return the 32-byte parent of every first block under this fingerprint and salt."""
-    return blake3.blake3(b"kvembed/root/1" + fingerprint + salt.encode()).digest()
+    return blake3.blake3(b"kvembed/root/1" + fingerprint + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def block_key(parent: bytes, ids: TokenIds, media: bytes = b"") -> bytes:

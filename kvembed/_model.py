@@ -84,6 +84,8 @@ class CachedModel:
             raise ConfigError(f"max_live must be 0 or more, not {max_live}")
         if not 0.0 <= audit <= 1.0:
             raise ConfigError(f"audit is a part of all calls, from 0 to 1, not {audit}")
+        if not isinstance(cache_salt, str):
+            raise ConfigError(f"cache_salt must be text, not {type(cache_salt).__name__}")
         if not isinstance(model, torch.nn.Module):
             raise ConfigError(
                 f"CachedModel wraps a loaded model, not {type(model).__name__}; to load one by name, use "
@@ -214,7 +216,8 @@ class CachedModel:
 
         Args:
             text: The document, or a path to a text file (a `pathlib.Path`, or the name of an existing file).
-            name: What to call it; by default the file's name, or its first words.
+            name: What to call it; by default the file's name, or for a text some digits made from it. A pinned
+                document's name is written to the catalog, so let it say no more than a file name may.
             system: System message placed before it, where the chat template has one.
             pin: Keep its blocks when others are evicted.
             prefill: Compute and store its KV now; False leaves that to the first question.
