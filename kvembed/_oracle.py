@@ -11,6 +11,10 @@ input, which never continues anything:
    top of it, equal bit for bit to 2;
 4. no buffer of the model changed meanwhile (state kept on modules cannot be restored).
 
+In single precision, and where a cache is the rows of all tokens and nothing else, the input is one piece and the last
+one, and 2 compares the last token's logits and the last piece's rows in every layer. They show more than the logits of
+its other two tokens would, and cost less than a head over a large vocabulary.
+
 A window longer than the trial would never be felt in it. So for a model with windows 1 to 3 are repeated with the
 window in its config set to a few tokens while the trial runs; where that disagrees (the window may be written
 elsewhere too), once more with the real window and an input that is longer.
@@ -109,7 +113,7 @@ def _with_grouped_path(trial: _Trial, stepwise: bool) -> _Found:
     In float32 the path may differ from transformers' by rounding, and the trial itself shows that. In shorter types
     rounding hides too much: there the path has to give transformers' bits, in one forward and in a continuation.
     """
-    model, switch, forward, ids = trial.model, trial.switch, trial.forward, trial_ids(trial.model)
+    model, switch, forward, ids = trial.model, trial.switch, trial.forward, trial.ids
     if not _is_precise(model):
         plain = forward(ids, 0, hf.new_stock_cache(model.config), _LAST)
         in_two = _in_two(model, ids, 2 * _STEP, forward)
@@ -227,7 +231,8 @@ class _Trial:
         """Compare with one forward."""
         n = ids.shape[1]
         edge = n - _LAST
-        plain = self.forward(ids, 0, hf.new_stock_cache(self.model.config), _LAST)
+        stock = hf.new_stock_cache(self.model.config)
+        plain = self.forward(ids, 0, stock, self._compared)
         cache = hf.new_cache(self.spec, self.model.config, n)
         with self.switch.active():
             # Two continuations, for layers nobody described or with windows: some caches treat the first piece as
@@ -244,6 +249,8 @@ class _Trial:
             else:
                 same = torch.equal(logits, self._finish(ids, edge, restored, stepwise))
         error = relative_error(plain, logits)
+        if self._compares_rows:
+            error = _worse(error, _row_error(stock, cache, edge, n))
         length = hf.common_length(cache) if hf.layers_of(cache) else None
         return _Found(error, same, length, n)
 
@@ -251,14 +258,29 @@ class _Trial:
     def _is_plain(self) -> bool:
         return self.spec.full_only
 
+    @property
+    def ids(self) -> torch.Tensor:
+        """The input: two pieces and a few tokens more, or one where nothing depends on how many there were."""
+        return trial_ids(self.model, _STEP + _LAST if self._compares_rows else _TOKENS)
+
+    @property
+    def _compares_rows(self) -> bool:
+        # In half precision rows of deep layers differ by more than logits do.
+        return self._is_plain and _is_precise(self.model)
+
+    @property
+    def _compared(self) -> int:
+        """Tokens whose logits are compared."""
+        return 1 if self._compares_rows else _LAST
+
     @staticmethod
     def _kept(cache: Any, edge: int) -> tuple[int, int]:
         """Return the tokens all layers still hold."""
         return max((layer.first for layer in hf.layers_of(cache)), default=0), edge
 
     def _finish(self, ids: torch.Tensor, edge: int, cache: Any, stepwise: bool) -> torch.Tensor:
-        step = 1 if stepwise else _LAST
-        parts = [self.forward(ids[:, i : i + step], i, cache, step) for i in range(edge, ids.shape[1], step)]
+        step, last = (1, 1) if stepwise else (_LAST, self._compared)
+        parts = [self.forward(ids[:, i : i + step], i, cache, last) for i in range(edge, ids.shape[1], step)]
         return torch.cat(parts, dim=1)
 
     def _restored(
@@ -282,6 +304,21 @@ class _Trial:
 def _same_rows(a: Any, b: Any, length: int) -> bool:
     pairs = zip(hf.layers_of(a), hf.layers_of(b), strict=True)
     return all(torch.equal(x, y) for p, q in pairs for x, y in zip(p.rows(0, length), q.rows(0, length), strict=True))
+
+
+def _row_error(stock: Any, cache: Any, start: int, end: int) -> float:
+    """Return the largest difference of the rows of tokens ``start..end``, relative to the spread of their tensor."""
+    error = 0.0
+    for theirs, ours in zip(stock.layers, cache.layers, strict=False):  # layers at the end may have no cache
+        expected = theirs.keys[:, :, start:end].float(), theirs.values[:, :, start:end].float()
+        for a, b in zip(expected, ours.rows(start, end), strict=True):
+            error = _worse(error, relative_error(a, b))
+    return error
+
+
+def _worse(a: float, b: float) -> float:
+    """Return the larger error; not a number is the largest of all."""
+    return b if b > a or b != b else a
 
 
 def _in_two(model: Any, ids: torch.Tensor, edge: int, forward: Forward) -> torch.Tensor:

@@ -75,6 +75,17 @@ class FillsTheCacheTwice(LlamaForCausalLM):
         return result
 
 
+class SpoilsARow(LlamaForCausalLM):
+    """Leaves a wrong key for the last token but one, which no logits of this forward show."""
+
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        before = past_key_values.get_seq_length() if past_key_values is not None else 0
+        result = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is not None and before and input_ids.shape[1] > 1:
+            past_key_values.layers[-1].keys[:, :, -2] += 0.1
+        return result
+
+
 class RefusesSeveralTokens(LlamaForCausalLM):
     """Takes one token at a time once the cache is filled."""
 
@@ -98,6 +109,7 @@ BROKEN = {
     ForgetsKeys: "continuing in blocks gives other logits",
     CountsOnABuffer: "keeps state on its modules",
     KeepsTheLastForward: "continuing in blocks gives other logits",
+    SpoilsARow: "continuing in blocks gives other logits",
     FillsTheCacheTwice: "continuing in blocks gives other logits",
     RefusesSeveralTokens: "the trial failed (ValueError: one token at a time",
     TakesNoCache: "filled no cache layer",
@@ -123,6 +135,17 @@ def test_a_model_that_continues_wrongly_is_refused(lab: Lab, llama: Any, kind: t
         assert tokens(found) == tokens(expected)
     assert cached.usage.bypass_reason is not None
     assert len(cached.store.ls()) == 0
+
+
+def test_what_the_trial_costs(lab: Lab, makers: dict[str, Callable[..., Any]]) -> None:
+    model = makers["llama"]()
+    fed: list[tuple[int, int]] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: fed.append((len(ids[-1]), output.shape[1])))
+    ids: list[torch.Tensor] = []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: ids.append(args[0][0]))
+    lab.wrap(model)
+    # Tokens fed, and logits made: the shape of the cache, then one forward, and the same in two pieces.
+    assert fed == [(1, 0), (11, 1), (8, 0), (3, 1)]
 
 
 def test_a_refused_model_is_not_tried_at_every_call(lab: Lab, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
