@@ -112,7 +112,8 @@ def score_plainly(model: Any, ids: TokenIds, continuations: Sequence[TokenIds]) 
     for continuation in continuations:
         whole = torch.from_numpy(np.concatenate([ids, continuation]).astype(np.int64))[None].to(model.device)
         with torch.no_grad():
-            logits = model(whole).logits[0, len(ids) - 1 : -1]
+            # From the end: an adapter may put tokens of its own before the prompt, and return logits for them.
+            logits = model(whole).logits[0, -len(continuation) - 1 : -1]
         scores.append(_score(torch.log_softmax(logits.float(), dim=-1), continuation))
     return scores
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from tests.model._lab import Lab
+from kvembed import attach, detach
+from tests.model._lab import BLOCK, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from kvembed import CachedModel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,3 +31,11 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path)
     yield lab
     lab.finish()
+
+
+@pytest.fixture
+def cached(lab: Lab, tiny_llama: Any) -> Iterator[CachedModel]:
+    """The cache of a model it is attached to; the model itself is ``hf_model``."""
+    cached = attach(tiny_llama(), store=lab.store(), block_size=BLOCK, progress=False)
+    yield cached
+    detach(cached.hf_model)

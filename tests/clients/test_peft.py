@@ -322,3 +322,15 @@ def test_attached_before_or_after(lab: Lab, where: str) -> None:
     finally:
         detach(base if where == "base" else model)
     assert tokens(run(model, PROMPT)) == expected
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_scores_with_virtual_tokens_before_the_prompt(lab: Lab, kind: str) -> None:
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    torch.manual_seed(3)
+    model: Any = peft.get_peft_model(build("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    arguments = {"attention_mask": torch.ones_like(PROMPT), "max_new_tokens": 3, "do_sample": False}
+    greedy = model.generate(input_ids=PROMPT, **arguments)[0, -3:].tolist()
+    other = [*greedy[:2], (greedy[2] + 1) % 250]
+    first, second = lab.wrap(model).score(PROMPT, [greedy, other])
+    assert (first.is_greedy, second.is_greedy) == (True, False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM
 
 from kvembed import ConfigError, attach, attached, detach
 
@@ -61,27 +61,6 @@ def test_copies_pickles_and_saved_models_are_plain(lab: Lab, model: Any, tmp_pat
             assert tokens(run(other, PROMPT)) == expected
             assert other.generate.__self__ is other
         assert cached.usage is calls
-    finally:
-        detach(model)
-
-
-def test_a_pipeline_takes_it(lab: Lab, makers: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    model = makers["llama"]()
-    text = "A lighthouse stands at the end of the pier, and its keeper counts the ships. "
-    options = {"max_new_tokens": 8, "do_sample": False}
-    plain = pipeline("text-generation", model=makers["llama"](), tokenizer=tiny_tokenizer)(text, **options)
-    cached = attach(model, store=lab.store(), block_size=BLOCK, progress=False)
-    try:
-        generator = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer)
-        caplog.clear()
-        for _ in range(2):
-            assert generator(text, **options) == plain
-        assert cached.usage.cached_tokens > 3 * BLOCK
-        chat = [{"role": "user", "content": text}]
-        first = generator(chat, **options)[0]["generated_text"]
-        generator([*first, {"role": "user", "content": "And then?"}], **options)
-        assert cached.usage.cached_tokens > 3 * BLOCK
-        assert not [record for record in caplog.records if "not supported" in record.message]
     finally:
         detach(model)
 
