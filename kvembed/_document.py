@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Iterator
 
+    from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
 
@@ -186,6 +187,10 @@ class Document:
     def unpin(self) -> None:
         """Let the document's blocks be evicted like any others."""
         self._model.store.unpin(self.name)
+
+    def forget(self) -> ForgetReport:
+        """Erase the document and what was asked about it from the store; see `CachedModel.forget`."""
+        return self._model.forget(self)
 
     def __repr__(self) -> str:
         size = format_bytes(self.tokens * self._model.kv_bytes_per_token)

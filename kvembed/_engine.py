@@ -361,6 +361,11 @@ class Engine:
         self.live.clear()
         self._account()
 
+    def release_memory(self) -> None:
+        """Give memory kept for the next caches back to the system: it holds what was in the last ones."""
+        self._pool.limit(0)
+        self._account()
+
     @property
     def _on_host(self) -> bool:
         return self.model.device.type == "cpu"

@@ -30,7 +30,7 @@ __all__ = ["explain_prompt", "miss_reason"]
 
 _LOST_HINTS = {
     "evicted": "It was evicted to keep the budget: raise max_disk_bytes, or pin what must stay.",
-    "removed": "It was removed with rm, prune, clear or forget.",
+    "removed": "It was removed with rm, prune or clear.",
     "quarantined": "Its file was damaged and set aside; kvembed verify shows the state of the store.",
 }
 _MEDIA_SIGN = " ⟨media⟩ "

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
+    from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
     from kvembed._progress import Progress
     from kvembed._score import Score
@@ -319,6 +320,29 @@ class CachedModel:
             blocks=blocks,
             lookup_s=found.seconds,
         )
+
+    def forget(self, what: Any) -> ForgetReport:
+        """Erase every stored block of a text that nothing else needs, with what was asked about it.
+
+        Other texts that begin alike keep what they share. Blocks of other models and salts are not touched (see
+        `KVStore.forget` and ``SECURITY.md`` for what stays in other processes and on the device).
+
+        Args:
+            what: A document; a text, which is looked for as a prompt and as a document without a system message;
+                chat messages; or token ids.
+
+        Returns:
+            What was erased, and what a scan of the store's folder found of it afterwards.
+
+        Raises:
+            PromptError: Nothing was named.
+            StoreReadOnlyError: The store was opened read-only.
+        """
+        from kvembed._texts import forget
+
+        with self._lock:
+            self._engine.check_identity()
+            return forget(self, what)
 
     def explain(self, prompt: Any) -> Explanation:
         """Say, in words, where a prompt leaves the nearest stored prefix and why no more of it is reused.

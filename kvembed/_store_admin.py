@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
-
-import numpy as np
 
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._eviction import choose
-from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
+from kvembed._forget import Eraser
 from kvembed._store_types import PruneReport, VerifyReport
 from kvembed._store_view import StoreView, explicit
 from kvembed._units import parse_bytes
@@ -18,15 +15,8 @@ from kvembed._units import parse_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from kvembed._block import BlockInfo
 
 __all__ = ["StoreAdmin"]
-
-
-@dataclass(frozen=True)
-class _Held:
-    info: BlockInfo
-    pins: int
 
 
 class Named(Protocol):
@@ -149,7 +139,9 @@ class StoreAdmin(StoreView):
             return self.forget(what)
         if not isinstance(what, str | bytes):
             return self._erase(list(what))
-        return self._erase_chain([info.key for info in self._chain(self._find(what))])
+        eraser = Eraser(self)
+        eraser.chain([info.key for info in self._chain(self._find(what))])
+        return eraser.blocks
 
     @explicit()
     def forget(self, what: str | Iterable[bytes] | Named) -> int:
@@ -179,69 +171,9 @@ class StoreAdmin(StoreView):
             keys = list(cast("Iterable[bytes]", what))
         if not keys:
             return 0
-        erased = 0
-        # A block that goes on after the same beginning holds the text too: a question about a document
-        # is stored together with the end of the document, and so is what came after it.
-        for sibling in self._same_start(keys[-1]):
-            erased += self._erase_subtree(sibling)
-        lost = [key for key in keys if self._row(key) is None]
-        for key in lost:
-            for child in self._children_of(key):
-                erased += self._erase_subtree(child)
-        if self._disk is not None:
-            self._disk.empty_quarantine(lost)
-        return erased + self._erase_chain(keys)
-
-    def _row(self, key: bytes) -> _Held | None:
-        row = self._catalog.row(key) if self._catalog is not None else None
-        if row is not None:
-            return _Held(row.info, row.pins)
-        block = self._cpu.get(key) if self._cpu is not None else None
-        if block is None:
-            return None
-        return _Held(block.info, sum(key in keys for keys in self._memory_pins.values()))
-
-    def _children_of(self, parent: bytes) -> set[bytes]:
-        found = {info.key for info in self._cpu.children(parent)} if self._cpu is not None else set[bytes]()
-        if self._catalog is not None:
-            found |= {info.key for info in self._catalog.children(parent)}
-        return found
-
-    def _same_start(self, key: bytes) -> list[bytes]:
-        held, ids = self._row(key), self._token_ids(key)
-        if held is None or ids is None or len(ids) < PROBE_TOKENS:
-            return [key]
-        info = held.info
-        probe = probe_of(info.parent, ids)
-        found = {tail.key for tail in self._cpu.tails(info.parent, probe)} if self._cpu is not None else set[bytes]()
-        if self._catalog is not None:
-            found |= {tail.key for tail in self._catalog.tails(info.parent, probe)}
-        others = ((key, self._token_ids(key)) for key in found)
-        return [key for key, own in others if own is not None and np.array_equal(own[: len(ids)], ids)]
-
-    def _erase_subtree(self, key: bytes) -> int:
-        order = [key]
-        for parent in order:
-            order.extend(self._children_of(parent))
-        erased = 0
-        for each in reversed(order):
-            held = self._row(each)
-            if held is not None and held.pins == 0 and not self._children_of(each):
-                erased += self._erase([each])
-        return erased
-
-    def _erase_chain(self, keys: list[bytes]) -> int:
-        """Erase a chain from its end, up to the first block that something else needs."""
-        erased = 0
-        for key in reversed(keys):
-            held = self._row(key)
-            if held is None:
-                continue
-            state = snapshot_key(key)
-            if held.pins or self._children_of(key) - {state}:
-                break
-            erased += self._erase([state, key])
-        return erased
+        eraser = Eraser(self)
+        eraser.sequence(keys)
+        return eraser.report().blocks
 
     def _erase(self, keys: list[bytes]) -> int:
         here = set[bytes]()

@@ -14,6 +14,8 @@ from kvembed._keys import snapshot_key
 from kvembed._store_types import PrefixEntry, StoreStats, TierStats
 
 if TYPE_CHECKING:
+    import threading
+    from collections import OrderedDict
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -67,6 +69,8 @@ class StoreView:
     _notes: dict[tuple[bytes, str], Any]
     _memory_pins: dict[str, list[bytes]]
     _tier_hits: dict[str, list[int]]
+    _lock: threading.Lock
+    _ids: OrderedDict[bytes, TokenIds]
 
     # -- what the rest of the store provides -------------------------------------------------------
 
