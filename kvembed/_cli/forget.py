@@ -22,9 +22,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def forget(
         file: _File = None,
-        text: str | None = typer.Option(
-            None, help="A text in place of a file: as a prompt and as a document.", show_default=False
-        ),
+        text: str | None = typer.Option(None, help="A text in place of a file.", show_default=False),
         model: str = typer.Option("smollm2", help="Model that stored it: alias, hub id, folder or GGUF file."),
         system: str | None = typer.Option(None, help="System message before the document.", show_default=False),
         dtype: str = typer.Option("auto", help="Type of the weights it was stored with."),

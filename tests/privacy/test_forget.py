@@ -302,7 +302,7 @@ def test_a_document_with_all_that_was_asked(
     assert cached.lookup(document.prompt_ids("How many ships?")).num_tokens < BLOCK  # the head of the template
     assert cached.lookup(other.prompt_ids("How much?")).num_tokens >= len(other.prefix_ids)
     # And computing it again gives what a store that never saw it gives.
-    plain = cached.hf_model
+    plain: Any = cached.hf_model
     ids = torch.from_numpy(document.prompt_ids("How many ships?").astype(np.int64))[None]
     expected = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     answer = document.ask("How many ships?", max_new_tokens=5)
