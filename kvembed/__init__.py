@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
     from kvembed._score import Score
+    from kvembed._sessions import Reply, Session, Turn
     from kvembed._store import KVStore, StoreStats, VerifyReport
     from kvembed._usage import Usage
 
@@ -60,13 +61,16 @@ __all__ = [
     "ModelNotFoundError",
     "PrefixMatch",
     "PromptError",
+    "Reply",
     "Score",
+    "Session",
     "StoreClosedError",
     "StoreError",
     "StoreFormatError",
     "StoreReadOnlyError",
     "StoreStats",
     "StoreWarning",
+    "Turn",
     "UnsupportedModelError",
     "Usage",
     "VerifyReport",
@@ -78,7 +82,10 @@ _LAZY = {
     "attach": "kvembed._attach",
     "attached": "kvembed._attach",
     "detach": "kvembed._attach",
+    "Reply": "kvembed._sessions",
     "Score": "kvembed._score",
+    "Session": "kvembed._sessions",
+    "Turn": "kvembed._sessions",
     "Answer": "kvembed._document",
     "CachedModel": "kvembed._model",
     "Document": "kvembed._document",

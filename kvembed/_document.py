@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
 
-__all__ = ["Answer", "Document"]
+__all__ = ["Answer", "digits_of", "Document", "keys_of", "read_document"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,7 +91,7 @@ class Document:
         """Read, tokenise and prefill; see `CachedModel.document`."""
         if pin and not prefill:
             raise ConfigError("pin=True needs prefill=True: there is nothing to pin before the document is computed")
-        text, found_name = _read(source)
+        text, found_name = read_document(source)
         if not text.strip():
             raise PromptError("the document is empty")
         before, after, has_special = split_chat(model.tokenizer, text, system)
@@ -107,7 +107,7 @@ class Document:
             usage = Usage(prompt_tokens=len(ids), bypass_reason=model.support)  # nothing was computed
         else:
             usage = model.prefill(ids, progress=progress)
-        document = cls(model, name or found_name or _digits(model, ids), ids, after, usage)
+        document = cls(model, name or found_name or digits_of(model, ids), ids, after, usage)
         if pin:
             document.pin()
         return document
@@ -162,21 +162,7 @@ class Document:
         return stream_text(self._model, ids, max_new_tokens, {"do_sample": False, **kwargs})
 
     def _keys(self) -> list[bytes]:
-        """Keys of all blocks of the document, and of the one that holds its last tokens."""
-        engine = self._model._engine
-        size, ids = engine.block_size, self.prefix_ids
-        keys = chain_keys(engine.root, ids, size)
-        parent, rest = keys[-1] if keys else engine.root, ids[len(keys) * size :]
-        name = block_key(parent, np.ascontiguousarray(rest)) if len(rest) else parent
-        if engine.spec.has_state:
-            return [*keys, name, snapshot_key(name)] if len(rest) else [*keys, snapshot_key(name)]
-        # The last tokens may be the start of a longer block, of a conversation that went on from here.
-        tail = self._model.store.find_tail(parent, rest)
-        if tail is not None and tail[1] == len(rest):
-            keys.append(tail[0].info.key)
-        elif len(rest):
-            keys.append(name)  # still on its way to the disk
-        return keys
+        return keys_of(self._model, self.prefix_ids)
 
     def pin(self) -> None:
         """Keep the document's blocks when others are evicted, under its name."""
@@ -203,6 +189,24 @@ class Document:
         return mimebundle(repr(self), panel(repr(self)[1:-1], usage), include, exclude)
 
 
+def keys_of(model: CachedModel, ids: TokenIds) -> list[bytes]:
+    """Return the keys of all blocks of a text that is stored, and of the one that holds its last tokens."""
+    engine = model._engine
+    size = engine.block_size
+    keys = chain_keys(engine.root, ids, size)
+    parent, rest = keys[-1] if keys else engine.root, ids[len(keys) * size :]
+    name = block_key(parent, np.ascontiguousarray(rest)) if len(rest) else parent
+    if engine.spec.has_state:
+        return [*keys, name, snapshot_key(name)] if len(rest) else [*keys, snapshot_key(name)]
+    # The last tokens may be the start of a longer block, of a conversation that went on from here.
+    tail = model.store.find_tail(parent, rest)
+    if tail is not None and tail[1] == len(rest):
+        keys.append(tail[0].info.key)
+    elif len(rest):
+        keys.append(name)  # still on its way to the disk
+    return keys
+
+
 def _is_file(text: str) -> bool:
     """True when a string is the name of an existing file, rather than the text itself."""
     try:
@@ -211,13 +215,13 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _digits(model: CachedModel, ids: TokenIds) -> str:
+def digits_of(model: CachedModel, ids: TokenIds) -> str:
     """Return a name for a text that says nothing of it: a pinned name is written to the catalog."""
     return f"text-{chain_keys(model._engine.root, ids, len(ids))[0].hex()[:12]}"
 
 
-def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return the text, and the name of its file if there is one."""
+def read_document(source: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the text and a name for it."""
     if isinstance(source, str) and not _is_file(source):
         return source, ""
     path = Path(source)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._progress import Progress
     from kvembed._score import Score
+    from kvembed._sessions import Session
+    from kvembed._sessions.db import SessionDB
     from kvembed._store import KVStore
 
 __all__ = ["CachedModel"]
@@ -228,6 +230,41 @@ class CachedModel:
             PromptError: The document is empty or does not fit the model's context.
         """
         return Document.prepare(self, text, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
+
+    def session(
+        self,
+        name: str,
+        *,
+        system: str | None = None,
+        when_full: str = "refuse",
+        template_kwargs: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
+        db: SessionDB | None = None,
+    ) -> Session:
+        """Open a conversation by name, made when it is new; in another process it goes on where it was.
+
+        Args:
+            name: What it is called.
+            system: System message; None for the one it has.
+            when_full: ``"refuse"``, or ``"drop"`` the oldest turns, when it does not fit the context any more.
+            template_kwargs: Further arguments of the chat template.
+            settings: Arguments of ``generate()`` for every reply of a new session.
+            db: Where sessions are kept; by default one file in the user's data folder.
+
+        Raises:
+            ConfigError: There is no chat template, or the session has another system message.
+        """
+        from kvembed._sessions import Session
+
+        return Session(
+            self,
+            name,
+            system=system,
+            db=db,
+            when_full=when_full,
+            template_kwargs=template_kwargs,
+            settings=settings,
+        )
 
     def prefill(self, prompt: Any, *, progress: Progress | None = None) -> Usage:
         """Compute and store the KV of a whole prompt without generating anything.

@@ -2,7 +2,7 @@
 
 ===================== ======================================================================
 ``KVEMBED_CACHE_DIR`` the cache folder itself
-``KVEMBED_HOME``      a folder for everything of kvembed; the cache is its subfolder ``cache``
+``KVEMBED_HOME``      a folder for everything of kvembed; the cache is its subfolder ``cache``, chats are in ``data``
 ``KVEMBED_MODELS_DIR`` converted models only (they are large, and cost a download to make again)
 ``KVEMBED_DISABLE``   ``1``: nothing is reused and nothing is stored
 ===================== ======================================================================
@@ -17,7 +17,7 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "is_disabled", "make_private_dir", "models_dir", "store_dir"]
+__all__ = ["cache_dir", "is_disabled", "make_private_dir", "models_dir", "sessions_file", "store_dir"]
 
 
 def _from_env(name: str) -> Path | None:
@@ -46,6 +46,15 @@ def store_dir() -> Path:
 def models_dir() -> Path:
     """Return the folder of converted models; it is not created."""
     return _from_env("KVEMBED_MODELS_DIR") or cache_dir() / "models"
+
+
+def sessions_file() -> Path:
+    """Return the default file of `SessionDB`: in the data folder, because it cannot be computed again."""
+    if home := _from_env("KVEMBED_HOME"):
+        return home / "data" / "sessions.db"
+    import platformdirs
+
+    return platformdirs.user_data_path("kvembed", appauthor=False) / "sessions.db"
 
 
 def is_disabled() -> bool:

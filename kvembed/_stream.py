@@ -11,15 +11,22 @@ import torch
 from kvembed._prompt import as_prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
+    from kvembed._usage import Usage
 
 __all__ = ["stream_text"]
 
 
-def stream_text(model: CachedModel, ids: TokenIds, max_new_tokens: int, kwargs: dict[str, Any]) -> Iterator[str]:
+def stream_text(
+    model: CachedModel,
+    ids: TokenIds,
+    max_new_tokens: int,
+    kwargs: dict[str, Any],
+    keep: Callable[[Any, Usage], object] | None = None,
+) -> Iterator[str]:
     """Yield pieces of the reply; an error of the generation is raised here, after the pieces before it.
 
     Args:
@@ -27,6 +34,7 @@ def stream_text(model: CachedModel, ids: TokenIds, max_new_tokens: int, kwargs: 
         ids: The prompt.
         max_new_tokens: Most tokens to generate.
         kwargs: Further arguments of ``generate()``.
+        keep: Called with what ``generate()`` returned and its cost, also when it was stopped, before the last piece.
     """
     from transformers import TextIteratorStreamer
 
@@ -38,7 +46,11 @@ def stream_text(model: CachedModel, ids: TokenIds, max_new_tokens: int, kwargs: 
     def run() -> None:
         try:
             arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": max_new_tokens, **kwargs}
-            model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel)
+            with model._lock:
+                result = model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel)
+                usage = model.usage
+            if keep is not None:
+                keep(result, usage)
         except BaseException as error:
             failure.append(error)
         finally:

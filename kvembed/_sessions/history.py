@@ -1,0 +1,194 @@
+"""Token-exact history: the next prompt of a conversation, made of the very ids that were computed before.
+
+Rendering a conversation with its chat template and tokenising the text gives other ids than those that are cached: a
+reply tokenises differently from how it was generated, templates trim it, or strip its thinking. So for every reply
+the prompt it answered (text and ids) and its own ids are remembered. Of all these *anchors* the longest that the
+template still renders the same is taken over as ids, and only the text after it is tokenised.
+
+A reply counts as unchanged also where the template only trims white space around it: its ids are what the model wrote.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvembed._keys import as_token_ids
+from kvembed._live import common_prefix
+from kvembed._prompt import tokenize
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvembed._keys import TokenIds
+    from kvembed._sessions.db import Message
+
+__all__ = ["History", "Prompt", "messages_of"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation.
+
+    Args:
+        text: As the chat template renders it.
+        ids: Its token ids, int32; those of ``anchor_tokens`` leading ones were computed before.
+        anchor_tokens: How many are taken over.
+    """
+
+    text: str
+    ids: TokenIds
+    anchor_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """What was computed up to one reply: the prompt before it, and the reply itself."""
+
+    text: str
+    ids: TokenIds
+    content: str
+    reply: TokenIds
+
+
+class History:
+    """The anchors of one branch of a conversation.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        branch: The messages from the first on.
+    """
+
+    def __init__(self, tokenizer: Any, branch: Sequence[Message] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._anchors: list[_Anchor] = []
+        self._text = ""
+        self._stream: TokenIds = as_token_ids([])
+        for message in branch:
+            if message.role == "user":
+                continue
+            text = self._text[: message.text_kept] + message.text_rest
+            rest = np.frombuffer(message.ids_rest, dtype="<i4")
+            stream = as_token_ids(np.concatenate([self._stream[: message.ids_kept], rest]))
+            reply = as_token_ids(np.frombuffer(message.token_ids, dtype="<i4"))
+            self._append(text, stream, message.content if message.role == "assistant" else "", reply)
+
+    def _append(self, text: str, stream: TokenIds, content: str, reply: TokenIds) -> None:
+        self._anchors.append(_Anchor(text, stream[: len(stream) - len(reply)], content, reply))
+        self._text, self._stream = text, stream
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stream up to the last reply or document."""
+        return len(self._stream)
+
+    def prompt(self, text: str) -> Prompt:
+        """Return the ids of a rendered conversation, with as many known ones as its text still allows."""
+        best_end, best_ids = 0, as_token_ids([])
+        for anchor in self._anchors:
+            if not text.startswith(anchor.text):
+                continue
+            end, ids = len(anchor.text), anchor.ids
+            spliced = self._spliced(text[end:], anchor)
+            if spliced is not None:
+                end, ids = end + spliced[0], as_token_ids(np.concatenate([ids, spliced[1]]))
+            if end >= best_end:
+                best_end, best_ids = end, ids
+        rest = self._tokens_from(text, best_end)
+        return Prompt(text, as_token_ids(np.concatenate([best_ids, rest])), len(best_ids))
+
+    def _spliced(self, rest: str, anchor: _Anchor) -> tuple[int, TokenIds] | None:
+        """Return how much of ``rest`` an anchor's reply stands for, and its ids; None where it was rewritten."""
+        if not len(anchor.reply):
+            return None
+        for content in (anchor.content, anchor.content.rstrip(), anchor.content.strip()):
+            if content and rest.startswith(content):
+                break
+        else:
+            return None
+        ids, end = anchor.reply, len(content)
+        special = set(self._tokenizer.all_special_ids)
+        closing = len(ids)
+        while closing and int(ids[closing - 1]) in special:
+            closing -= 1
+        mark = self._tokenizer.decode(ids[closing:].tolist(), skip_special_tokens=False) if closing < len(ids) else ""
+        if mark and rest[end:].startswith(mark):
+            return end + len(mark), ids
+        return end, ids[:closing]
+
+    def _tokens_from(self, text: str, start: int) -> TokenIds:
+        """Return the ids of a text from one character on: as in the whole text where a token begins there."""
+        if not start:
+            return tokenize(self._tokenizer, text, special=False)
+        if start >= len(text):
+            return as_token_ids([])
+        if getattr(self._tokenizer, "is_fast", False):
+            # By itself the rest could begin otherwise: some tokenizers put a space before any text.
+            whole = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            starts = [offsets[0] for offsets in whole["offset_mapping"]]
+            at = next((i for i, offset in enumerate(starts) if offset >= start), None)
+            if at is not None and starts[at] == start:
+                return as_token_ids(whole["input_ids"][at:])
+        return tokenize(self._tokenizer, text[start:], special=False)
+
+    def remember(self, message: Message, prompt: Prompt, reply: TokenIds) -> Message:
+        """Add an anchor; return the message with what has to be stored of it.
+
+        Args:
+            message: The reply, or a document (then without ids).
+            prompt: What was before it.
+            reply: Its ids.
+        """
+        stream = as_token_ids(np.concatenate([prompt.ids, reply]))
+        text_kept = _common_text(self._text, prompt.text)
+        ids_kept = common_prefix(self._stream, stream)
+        self._append(prompt.text, stream, message.content if message.role == "assistant" else "", reply)
+        return replace(
+            message,
+            token_ids=reply.tobytes(),
+            text_kept=text_kept,
+            text_rest=prompt.text[text_kept:],
+            ids_kept=ids_kept,
+            ids_rest=stream[ids_kept:].tobytes(),
+        )
+
+
+def _common_text(a: str, b: str) -> int:
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def messages_of(branch: Sequence[Message], system: str | None, *, skip_turns: int = 0) -> list[dict[str, str]]:
+    """Return a branch as chat messages; documents go in front of the user's next words.
+
+    Args:
+        branch: The messages.
+        system: System message, or None.
+        skip_turns: Leave out so many of the oldest turns (their documents stay).
+    """
+    found: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+    documents: list[str] = []
+    turn = 0
+    for message in branch:
+        if message.role == "document":
+            documents.append(message.content)
+            continue
+        turn += message.role == "user"
+        if turn <= skip_turns:
+            continue
+        content = message.content
+        if message.role == "user" and documents:
+            content = "\n\n".join([*documents, content])
+            documents = []
+        found.append({"role": message.role, "content": content})
+    return found
