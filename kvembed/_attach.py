@@ -10,16 +10,20 @@ from __future__ import annotations
 import functools
 import threading
 import types
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kvembed._compiled import compiled_from
 from kvembed._errors import ConfigError
 from kvembed._model import CachedModel
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvembed._progress import Progress
     from kvembed._store import KVStore
 
-__all__ = ["attach", "attached", "detach"]
+__all__ = ["attach", "attached", "detach", "real_assistant"]
 
 
 class _AttachedGenerate:
@@ -91,6 +95,7 @@ def attach(
     Raises:
         ConfigError: Something is attached already, or an option cannot work.
     """
+    model = compiled_from(model)
     if attached(model) is not None:
         raise ConfigError("this model has a cache attached already: detach(model) first")
     cached = CachedModel(
@@ -110,7 +115,7 @@ def attach(
 
 def attached(model: Any) -> CachedModel | None:
     """Return the cache attached to a model, or None."""
-    generate = vars(model).get("generate")
+    generate = vars(compiled_from(model)).get("generate")
     return generate.cached if isinstance(generate, _AttachedGenerate) else None
 
 
@@ -123,5 +128,29 @@ def detach(model: Any) -> None:
     cached = attached(model)
     if cached is None:
         raise ConfigError("nothing is attached to this model")
-    del model.generate
+    del compiled_from(model).generate
     cached.close()
+
+
+@contextmanager
+def real_assistant(main: Any, assistant: Any) -> Iterator[Any]:
+    """Give transformers a model where the caller named a cached one as the assistant of ``main``.
+
+    transformers reads private attributes of an assistant and calls its ``generate()`` for every few drafts. So it gets
+    the model itself, whose ``generate`` goes through its cache meanwhile, as if one were attached: the first of those
+    calls takes up the prompt, and the others bring the cache that it handed out.
+    """
+    if not isinstance(assistant, CachedModel):
+        yield assistant
+        return
+    model: Any = compiled_from(assistant.hf_model)
+    # A model that drafts for itself is in the middle of a call already.
+    if model is main or "generate" in vars(model):
+        yield model
+        return
+    model.generate = _AttachedGenerate(assistant)
+    try:
+        yield model
+    finally:
+        # Another thread may have used the same assistant, and been done first.
+        vars(model).pop("generate", None)

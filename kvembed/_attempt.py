@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvembed._restore import Restore
     from kvembed._wrapped import WrappedModel
 
-__all__ = ["Attempt", "Request", "prefill_usage", "usage_of"]
+__all__ = ["Attempt", "Request", "plain_usage", "prefill_usage", "usage_of"]
 
 _RATE_TOKENS = 64  # a prefill rate is believed when at least this many tokens were computed
 
@@ -66,6 +66,7 @@ class Attempt:
     why: str | None = None
     stored: int = 0
     copies: int = 1
+    is_given_away: bool = False
 
 
 def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, deterministic: bool) -> Usage:
@@ -93,6 +94,24 @@ def _rate(wrapped: WrappedModel, computed: int, seconds: float, restore: Restore
     rate = computed / seconds
     wrapped.note_prefill_rate(rate)
     return rate
+
+
+def plain_usage(model: Any, request: Request, watch: Watch, result: Any, prompt_tokens: int, reason: str) -> Usage:
+    """Return what a call cost that was passed through."""
+    total = time.perf_counter() - request.began
+    sequences = getattr(result, "sequences", result)
+    before = 1 if getattr(model.config, "is_encoder_decoder", False) else prompt_tokens  # the decoder's start token
+    length = int(sequences.shape[-1]) if getattr(sequences, "ndim", 0) == 2 else 0
+    ttft = watch.first_token_at - request.began if watch.first_token_at is not None else total
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=max(0, length - before),
+        prefill_s=ttft,
+        decode_s=total - ttft,
+        ttft_s=ttft,
+        total_s=total,
+        bypass_reason=reason,
+    )
 
 
 def usage_of(

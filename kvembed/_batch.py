@@ -1,8 +1,9 @@
-"""Batches: every row of a left-padded batch with its own hit, put together into one cache for transformers.
+"""Batches: every row with its own hit, put together into one cache for transformers.
 
 Each row is matched, restored and prefilled on its own, which shares blocks between rows and with single calls; then
-the rows are laid side by side, right-aligned, with zeros in front of the shorter ones. transformers' attention mask
-hides those. That is right for full attention only: a window or a state would have seen the padding.
+the rows are laid side by side. Where all layers are full attention they may differ in length: they are right-aligned,
+with zeros in front of the shorter ones, which transformers' attention mask hides. A window or a state would have seen
+the padding, so there they have to be of equal length.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from kvembed._keys import as_token_ids
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvembed._cachespec import CacheSpec
     from kvembed._keys import TokenIds
-    from kvembed._live import LiveSequence
 
-__all__ = ["is_left_padded", "join_rows", "new_tokens", "rows_of_batch"]
+__all__ = ["is_left_padded", "new_tokens", "rows_of_batch", "servable_batches"]
 
 
 def is_left_padded(mask: torch.Tensor) -> bool:
@@ -38,22 +39,11 @@ def rows_of_batch(ids: torch.Tensor, mask: torch.Tensor | None) -> list[TokenIds
     return [as_token_ids(row[len(row) - length :]) for row, length in zip(host, lengths, strict=True)]
 
 
-def join_rows(model_config: Any, sequences: Sequence[LiveSequence]) -> Any:
-    """Return a stock cache that holds the sequences as the rows of a batch, right-aligned."""
-    longest = max(len(sequence.ids) for sequence in sequences)
-    cache: Any = hf.new_stock_cache(model_config)
-    owned = [hf.layers_of(sequence.cache) for sequence in sequences]
-    for i, layer in enumerate(cache.layers):
-        parts = [layers[i].rows(0, len(sequence.ids)) for layers, sequence in zip(owned, sequences, strict=True)]
-        joined = []
-        for which in (0, 1):
-            first = parts[0][which]
-            rows = first.new_zeros((len(parts), first.shape[1], longest, first.shape[3]))
-            for r, part in enumerate(parts):
-                rows[r, :, longest - part[which].shape[2] :] = part[which][0]
-            joined.append(rows)
-        layer.update(*joined)
-    return cache
+def servable_batches(spec: CacheSpec | None) -> str | None:
+    """Return which batches can be served: ``"padded"`` (on the left), ``"equal"`` (in length only), or none."""
+    if spec is None or not hf.can_join(spec):
+        return None
+    return "padded" if spec.full_only else "equal"
 
 
 def new_tokens(result: Any, prompt_tokens: int, eos: Sequence[int]) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvembed import hf
+from kvembed._compiled import is_compiled
 from kvembed._media import MEDIA_ARGUMENTS, TYPE_ARGUMENTS, has_media
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["bypass_reason", "copies_of_prompt", "generation_value", "input_ids_of", "is_assisted"]
+__all__ = ["bypass_reason", "copies_of_prompt", "generation_value", "input_ids_of", "is_assisted", "is_draft"]
 
 _KNOWN_ARGUMENTS = frozenset(
     {
@@ -27,6 +28,7 @@ _KNOWN_ARGUMENTS = frozenset(
         "prefix_allowed_tokens_fn",
         "tokenizer",
         "synced_gpus",
+        "custom_generate",
         "logits_to_keep",
         "trust_remote_code",
         "assistant_model",
@@ -35,6 +37,30 @@ _KNOWN_ARGUMENTS = frozenset(
         "negative_prompt_attention_mask",
     }
 )
+
+
+_ORDINARY_CACHES = (None, "dynamic", "hybrid")
+"""What stands for transformers' usual cache; older configs of windowed models say "hybrid", which it ignores."""
+
+_WHOLE_PROMPT = "its drafts need what the model computes for the whole prompt"
+_FROM_THE_HUB = "transformers runs code from the hub for it"
+_READING_ASSISTANTS = ("Gemma4Assistant", "Gemma4UnifiedAssistant")
+_MODES = {
+    "penalty_alpha": f"contrastive search: {_FROM_THE_HUB}",
+    "dola_layers": f"layers are contrasted: {_FROM_THE_HUB}",
+    "force_words_ids": f"constrained beams: {_FROM_THE_HUB}",
+    "constraints": f"constrained beams: {_FROM_THE_HUB}",
+    "assistant_early_exit": "drafts come from the model's own first layers, which need a cache with fewer layers",
+    "use_mtp": _WHOLE_PROMPT,
+    "speculation_type": _WHOLE_PROMPT,
+}
+"""Ways of generating that pass through whenever they are set at all, and why."""
+_SWITCHES = {
+    "token_healing": "it changes the end of the prompt",
+    "output_attentions": "those of every prompt token are asked for, so every one has to be computed",
+    "output_hidden_states": "those of every prompt token are asked for, so every one has to be computed",
+}
+"""Options that pass through when they are on, and why."""
 
 
 def generation_value(model: Any, generation_config: Any, kwargs: dict[str, Any], name: str) -> Any:
@@ -60,11 +86,16 @@ def copies_of_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any])
 def is_assisted(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bool:
     """True when drafts are verified several tokens at a time: by an assistant, or looked up in the prompt."""
     drafts = generation_value(model, generation_config, kwargs, "prompt_lookup_num_tokens")
-    return kwargs.get("assistant_model") is not None or bool(drafts)
+    return kwargs.get("assistant_model") is not None or drafts is not None
+
+
+def is_draft(generation_config: Any) -> bool:
+    """True for the calls that transformers makes of an assistant: each drafts the next few tokens."""
+    return bool(getattr(generation_config, "is_assistant", False))
 
 
 def bypass_reason(
-    model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any], *, batches: bool = False
+    model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any], *, batches: str | None = None
 ) -> str | None:
     """Return why a ``generate()`` call cannot be served from blocks, or None when it can.
 
@@ -73,13 +104,15 @@ def bypass_reason(
         inputs: First argument of ``generate()``.
         generation_config: Second one.
         kwargs: All others.
-        batches: Whether several prompts at once can be served (full attention in all layers).
+        batches: Which batches can be served: ``"padded"`` (on the left), ``"equal"`` (in length only), or none.
     """
     reason = _input_reason(model, inputs, generation_config, kwargs, batches)
     return reason or _mode_reason(model, generation_config, kwargs)
 
 
-def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any], batches: bool) -> str | None:
+def _input_reason(
+    model: Any, inputs: Any, generation_config: Any, kwargs: dict[str, Any], batches: str | None
+) -> str | None:
     import torch
 
     if getattr(model.config, "is_encoder_decoder", False):
@@ -114,24 +147,39 @@ def _input_reason(model: Any, inputs: Any, generation_config: Any, kwargs: dict[
             continue
         if name in TYPE_ARGUMENTS and (has_media(kwargs) or not bool(value.any())):
             continue
+        if name == "position_ids" and not has_media(kwargs) and _are_usual(value, ids, mask):
+            continue
         return f"argument {name!r}"
     return None
 
 
+def _are_usual(positions: torch.Tensor, ids: torch.Tensor, mask: Any) -> bool:
+    """True for the positions that tokens without padding have anyway (assistants are given them)."""
+    import torch
+
+    usual = torch.arange(ids.shape[1], device=positions.device)
+    padded = mask is not None and not bool((mask == 1).all())
+    return not padded and positions.shape == ids.shape and bool((positions == usual).all())
+
+
 def _batch_reason(
-    model: Any, generation_config: Any, kwargs: dict[str, Any], ids: torch.Tensor, mask: Any, batches: bool
+    model: Any, generation_config: Any, kwargs: dict[str, Any], ids: torch.Tensor, mask: Any, batches: str | None
 ) -> str | None:
     from kvembed._batch import is_left_padded
 
     what = f"batch of {ids.shape[0]} prompts"
-    if not batches:
-        return f"{what}, and not every layer is full attention: padding would get into windows and states"
+    if batches is None:
+        return f"{what}, and some layer keeps a state that nothing is known of but its name"
     if ids.shape[1] < 2:
         return f"{what} of one token"
-    if mask is not None and (mask.shape != ids.shape or not is_left_padded(mask)):
-        return f"{what} that are not padded on the left"
-    if copies_of_prompt(model, generation_config, kwargs) > 1:
-        return f"{what} with beams or several sequences each"
+    if mask is not None and not (mask.shape == ids.shape and bool((mask == 1).all())):
+        if mask.shape != ids.shape or not is_left_padded(mask):
+            return (
+                f"{what} not padded on the left: after padding, or over holes, a text goes on at other positions than "
+                'in a call of its own (tokenizer.padding_side = "left")'
+            )
+        if batches != "padded":
+            return f"{what} with padding, which gets into windows and states; only rows of equal length are reused"
     if is_assisted(model, generation_config, kwargs):
         return f"{what} with an assistant"
     scale = generation_value(model, generation_config, kwargs, "guidance_scale")
@@ -147,6 +195,8 @@ def _media_reason(model: Any, generation_config: Any, kwargs: dict[str, Any], id
         return "media with beams or several sequences"
     if is_assisted(model, generation_config, kwargs):
         return "media with an assistant"
+    if is_compiled(model):
+        return "media with a compiled model"
     if kwargs.get("negative_prompt_ids") is not None or generation_value(
         model, generation_config, kwargs, "guidance_scale"
     ) not in (None, 1, 1.0):
@@ -170,27 +220,22 @@ def _mode_reason(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> 
 
     if value("use_cache") is False:
         return "use_cache=False"
-    if value("cache_implementation") not in (None, "dynamic"):
-        return f"cache_implementation={value('cache_implementation')!r}"
+    if value("cache_implementation") not in _ORDINARY_CACHES:
+        return f"cache_implementation={value('cache_implementation')!r}: a cache of another kind is asked for"
     if value("num_beam_groups") not in (None, 1):
-        return f"num_beam_groups={value('num_beam_groups')}"
+        return f"num_beam_groups={value('num_beam_groups')}: {_FROM_THE_HUB}"
     if value("prefill_chunk_size") and not hf.CHUNKS_RESUME:
         return "prefill_chunk_size: this version of transformers feeds the whole prompt again to a filled cache"
-    for name in ("custom_generate",):
-        if kwargs.get(name) is not None:
-            return name
-    for name in (
-        "assistant_early_exit",
-        "penalty_alpha",
-        "dola_layers",
-        "force_words_ids",
-        "constraints",
-        "token_healing",
-        "output_attentions",
-        "output_hidden_states",
-    ):
+    if kwargs.get("custom_generate") is not None:
+        return "custom_generate: a loop of the caller's own, which may use its cache in any way"
+    for name, why in _MODES.items():
+        if value(name) is not None:
+            return f"{name}: {why}"
+    for name, why in _SWITCHES.items():
         if value(name):
-            return name
+            return f"{name}: {why}"
+    if type(kwargs.get("assistant_model")).__name__.startswith(_READING_ASSISTANTS):
+        return f"assistant_model: {_WHOLE_PROMPT}"
     if kwargs.get("synced_gpus"):
-        return "synced_gpus"
+        return "synced_gpus: all processes have to run the same number of forwards, whatever each has cached"
     return None

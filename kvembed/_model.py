@@ -11,6 +11,8 @@ import torch
 from kvembed import hf
 from kvembed._attempt import Request
 from kvembed._audit import Auditor, AuditReport
+from kvembed._bypass import is_draft
+from kvembed._compiled import compiled_from
 from kvembed._document import Document
 from kvembed._engine import Engine
 from kvembed._errors import ConfigError, PromptError, UnsupportedModelError
@@ -108,7 +110,9 @@ class CachedModel:
         self.progress: Progress = progress
         self._lock = threading.RLock()
         self._usage = Usage()
-        self._engine = Engine(model, store, block_size=block_size, cache_salt=cache_salt, max_live=max_live)
+        self._engine = Engine(
+            compiled_from(model), store, block_size=block_size, cache_salt=cache_salt, max_live=max_live
+        )
         self._runner = Runner(self._engine, audit)
 
     @classmethod
@@ -175,7 +179,19 @@ class CachedModel:
     def _generate(
         self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], cancel: threading.Event | None = None
     ) -> Any:
-        request = Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel)
+        if is_draft(generation_config) and kwargs.get("past_key_values") is not None:
+            # As an assistant: the first drafts of this prompt went through the cache, and handed it out.
+            return self._engine.model.generate(inputs, generation_config, **kwargs)
+        assistant = kwargs.get("assistant_model")
+        if assistant is None:
+            return self._run(Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel))
+        from kvembed._attach import real_assistant
+
+        with real_assistant(self._engine.model, assistant) as model:
+            kwargs = {**kwargs, "assistant_model": model}
+            return self._run(Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel))
+
+    def _run(self, request: Request) -> Any:
         with self._lock:
             result, self._usage = self._runner.generate(request, self._refusal())
             return result

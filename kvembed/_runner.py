@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from kvembed import hf
-from kvembed._attempt import Attempt, prefill_usage, usage_of
+from kvembed._attempt import Attempt, plain_usage, prefill_usage, usage_of
 from kvembed._audit import Auditor
-from kvembed._batch import join_rows, new_tokens, rows_of_batch
-from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted
+from kvembed._batch import new_tokens, rows_of_batch, servable_batches
+from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted, is_draft
 from kvembed._call import PromptOnceStreamer, Watch, first_step, with_watch
+from kvembed._compiled import is_compiled
 from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
 from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
@@ -29,7 +30,6 @@ from kvembed._plan import Plan
 from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
 from kvembed._score import score_on
-from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kvembed._live import LiveSequence
     from kvembed._progress import Progress
     from kvembed._score import Score
+    from kvembed._usage import Usage
 
 __all__ = ["Runner"]
 
@@ -47,6 +48,7 @@ _CLOSED = "the store is closed"
 _WRONG_CHUNKS = (
     "prefill_chunk_size, with which transformers continues this model from zero: its text is not that of one go"
 )
+_STATEFUL_DRAFTS = "an assistant with a state, which cannot be rolled back to the tokens that were accepted"
 _ATTEMPTS = 4  # the last one restores nothing
 _MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
 
@@ -86,8 +88,7 @@ class Runner:
             refusal: Why it cannot be served, when that is known already.
         """
         inputs, config, kwargs = request.inputs, request.generation_config, request.kwargs
-        spec = self.engine.wrapped.spec
-        batches = spec is not None and spec.full_only
+        batches = servable_batches(self.engine.wrapped.spec)
         refusal = refusal or bypass_reason(self._model, inputs, config, kwargs, batches=batches)
         if refusal is None:
             try:
@@ -95,6 +96,8 @@ class Runner:
                 self.engine.wrapped.forget_media()
                 if self.engine.wrapped.stepwise and generation_value(self._model, config, kwargs, "prefill_chunk_size"):
                     return self._pass_through(request, _WRONG_CHUNKS)
+                if is_draft(config) and self.engine.spec.has_state:
+                    return self._pass_through(request, _STATEFUL_DRAFTS)
                 refusal = self.engine.refusal  # the model may have been changed into one that cannot be served
             except StoreClosedError:
                 refusal = _CLOSED
@@ -153,15 +156,24 @@ class Runner:
         result = None
         try:
             attempt.copies = copies_of_prompt(self._model, request.generation_config, request.kwargs)
-            # A cache that is about to be repeated for beams can be captured only before.
-            upto = len(ids) - 1 if attempt.copies > 1 else None
+            draft, compiled = is_draft(request.generation_config), is_compiled(self._model)
+            # A cache that is repeated for beams, rolled back by an assistant, or goes to compiled code as a stock one,
+            # can be captured only before.
+            attempt.is_given_away = attempt.copies > 1 or draft or compiled
+            upto = len(ids) - 1 if attempt.is_given_away else None
             if media is not None:
                 # transformers computes the media themselves, and what comes after them, in one forward.
                 upto = media.start // engine.block_size * engine.block_size if media.resumes else 0
             self._prefill(attempt, request.progress, upto=upto)
+            if compiled:
+                hf.export_cache(attempt.sequence.cache)
             if attempt.copies > 1:
                 hf.expand(attempt.sequence.cache, attempt.copies)
-            result = self._hand_over(request, attempt, watch)
+            if draft:
+                attempt.sequence.cache.activate_past_recording()
+            held = len(attempt.sequence.ids)
+            part = media.part(held, len(ids)) if media is not None and held else None
+            result = self._call(request, watch, attempt.sequence.cache, held, part)
             self._end_restore(attempt)
         except RestoreError:
             attempt.sequence.ids = ids[:0]  # its rows were never filled: nothing of this cache may be kept
@@ -182,7 +194,7 @@ class Runner:
                 attempt.why = attempt.why or miss_reason(self.engine, attempt.match, ids, cached)
                 self._prefill(attempt, request.progress, upto=len(ids) - 1)
                 self._end_restore(attempt)
-            cache = join_rows(self._model.config, [attempt.sequence for attempt in attempts])
+            cache = hf.join([attempt.sequence.cache for attempt in attempts], self._model.config)
         except RestoreError:
             attempts[-1].sequence.ids = attempts[-1].ids[:0]
             raise
@@ -190,13 +202,15 @@ class Runner:
             return self._pass_through(request, _CLOSED)
         finally:
             for attempt in attempts:
+                # A row that broke off has fewer tokens than it was to have, and what it was fed last is not known.
+                fed = len(attempt.ids) - 1 if len(attempt.sequence.ids) == len(attempt.ids) - 1 else None
                 with contextlib.suppress(StoreClosedError):
-                    self._keep(attempt, Watch(), None)
+                    self._keep(attempt, Watch(), None, fed)
+        copies = copies_of_prompt(self._model, request.generation_config, request.kwargs)
+        if copies > 1:
+            hf.expand(cache, copies, len(attempts))
         watch = Watch(request.cancel)
-        criteria = with_watch(request.kwargs.get("stopping_criteria"), watch)
-        arguments = {**request.kwargs, "stopping_criteria": criteria, "past_key_values": cache}
-        with self.engine.wrapped.switch.active():
-            result = self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
+        result = self._call(request, watch, cache, prompt.shape[1] - 1)
         self._report_problems()
         return result, usage_of(
             self.engine.wrapped, request, attempts, watch, new_tokens(result, prompt.shape[1], self._eos(request))
@@ -206,22 +220,23 @@ class Runner:
         eos = generation_value(self._model, request.generation_config, request.kwargs, "eos_token_id")
         return [] if eos is None else [int(e) for e in (eos if isinstance(eos, list | tuple) else [eos])]
 
-    def _hand_over(self, request: Request, attempt: Attempt, watch: Watch) -> Any:
-        """Let transformers generate from the filled cache."""
+    def _call(self, request: Request, watch: Watch, cache: Any, held: int, media: Any = None) -> Any:
+        """Let transformers generate from a cache that holds ``held`` tokens of each row, and ``media`` not yet."""
         wrapped = self.engine.wrapped
         arguments = {
             **request.kwargs,
             "stopping_criteria": with_watch(request.kwargs.get("stopping_criteria"), watch),
-            wrapped.cache_name: attempt.sequence.cache,
+            wrapped.cache_name: cache,
         }
-        held = len(attempt.sequence.ids)
+        if generation_value(self._model, request.generation_config, request.kwargs, "cache_implementation"):
+            arguments["cache_implementation"] = None  # "dynamic", which is what this is, and yet not taken with a cache
         feeds_all = wrapped.cache_name != "past_key_values" or is_assisted(
             self._model, request.generation_config, request.kwargs
         )
         skip = held if feeds_all else 0
-        media = attempt.media.part(held, len(attempt.ids)) if attempt.media is not None and held else None
         changed = first_step(self._model, skip=skip, replace=media) if skip or media else contextlib.nullcontext()
-        with wrapped.switch.active(), changed:
+        switch = contextlib.nullcontext() if is_compiled(self._model) else wrapped.switch.active()
+        with switch, changed:
             return self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
 
     def _begin(
@@ -255,7 +270,7 @@ class Runner:
                 self.engine.prefill(attempt.sequence, attempt.ids, upto=attempt.front, on_progress=on_progress, put=put)
                 self.engine.join(attempt.match, attempt.ids, attempt.sequence, attempt.restore)
             self.engine.prefill(attempt.sequence, attempt.ids, upto=upto, on_progress=on_progress, put=put)
-        if attempt.sequence.has_state or attempt.copies > 1:
+        if attempt.sequence.has_state or attempt.is_given_away:
             # What comes next changes the state, or takes the cache away.
             self._end_restore(attempt)
             with contextlib.suppress(StoreClosedError):
@@ -291,11 +306,13 @@ class Runner:
             fed = len(seen) - 1  # the last token was made, not fed
         elif watch.last is not None:
             seen = _continued(attempt.ids, as_token_ids(watch.last[0].cpu().numpy()))
-        ours = attempt.copies == 1 and self.engine.settle(sequence, seen, fed=fed)
+        ours = not attempt.is_given_away and self.engine.settle(sequence, seen, fed=fed)
         if ours:
             with contextlib.suppress(StoreClosedError):
                 attempt.stored += self.engine.capture(sequence, tail=True)
-        if result is not None and getattr(result, "past_key_values", None) is not None:
+        if attempt.is_given_away and attempt.copies == 1:
+            pass  # what compiled code got was a stock one, and an assistant's next drafts go on with ours
+        elif result is not None and getattr(result, "past_key_values", None) is not None:
             hf.export_cache(sequence.cache)
         elif ours:
             self.engine.keep(sequence)
@@ -385,24 +402,11 @@ class Runner:
         if not arguments.get("custom_generate"):
             arguments["stopping_criteria"] = with_watch(arguments.get("stopping_criteria"), watch)
         result = self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
-        total = time.perf_counter() - request.began
-        prompt = int(ids.shape[-1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
-        sequences = getattr(result, "sequences", result)
-        before = 1 if getattr(self._model.config, "is_encoder_decoder", False) else prompt  # the decoder's start token
-        made = int(sequences.shape[-1]) - before if isinstance(sequences, torch.Tensor) and sequences.ndim == 2 else 0
-        ttft = watch.first_token_at - request.began if watch.first_token_at is not None else total
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"not cached: {reason}", CacheBypassWarning, stacklevel=4)
-        return result, Usage(
-            prompt_tokens=prompt,
-            completion_tokens=max(0, made),
-            prefill_s=ttft,
-            decode_s=total - ttft,
-            ttft_s=ttft,
-            total_s=total,
-            bypass_reason=reason,
-        )
+        prompt = int(ids.shape[-1]) if isinstance(ids, torch.Tensor) and ids.ndim == 2 else 0
+        return result, plain_usage(self._model, request, watch, result, prompt, reason)
 
     def _report_problems(self) -> None:
         problems = self._store.take_problems()

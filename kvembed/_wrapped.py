@@ -10,6 +10,7 @@ import torch
 
 from kvembed import hf
 from kvembed._attention import AttentionSwitch
+from kvembed._compiled import uncompiled
 from kvembed._errors import UnsupportedModelError
 from kvembed._fingerprint import Fingerprint, adapter_refusal
 from kvembed._media_trial import MediaVerdict
@@ -225,7 +226,7 @@ class WrappedModel:
         if "logits_to_keep" in self._forward_arguments:
             none = torch.empty(0, dtype=torch.long) if self._headless else 1
             arguments["logits_to_keep"] = logits or none
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(self.model):
             if switch:
                 with self.switch.active():
                     return self.model(input_ids=ids, **arguments)

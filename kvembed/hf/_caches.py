@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,23 +13,31 @@ from kvembed._errors import UnsupportedModelError
 from kvembed._memory import HostPool, host_buffer
 from kvembed._rows import as_bytes
 from kvembed._snapshot import decode_states, encode_states
-from kvembed.hf._compat import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from kvembed.hf._compat import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 from kvembed.hf._layers import HYBRIDS, FullLayer, SlidingLayer, state_attributes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from kvembed._block import Layout
     from kvembed._tiers._base import BlockSource
 
 __all__ = [
     "cache_nbytes",
+    "can_join",
     "capture",
     "capture_states",
     "common_length",
     "copy_prefix",
     "expand",
     "export_cache",
+    "join",
     "layers_of",
     "load_states",
     "new_cache",
@@ -236,9 +245,64 @@ def export_cache(cache: Any) -> None:
     cache.layers = [layer.plain() if isinstance(layer, FullLayer | SlidingLayer) else layer for layer in cache.layers]
 
 
-def expand(cache: Any, copies: int) -> None:
-    """Repeat the only sequence of a cache, for beams or several sequences; it is no longer ours to keep then."""
-    cache.reorder_cache(torch.zeros(copies, dtype=torch.long))
+def expand(cache: Any, copies: int, rows: int = 1) -> None:
+    """Repeat each row of a cache, for beams or several sequences; it is no longer ours to keep then."""
+    cache.reorder_cache(torch.arange(rows).repeat_interleave(copies))
+
+
+def can_join(spec: CacheSpec) -> bool:
+    """True when caches of such a shape can be laid side by side as the rows of a batch."""
+    names = {cls.__name__ for cls in (LinearAttentionLayer, *HYBRIDS)}
+    return all(layer.class_name in names for layer in spec.layers if layer.has_state)
+
+
+def join(caches: Sequence[Any], model_config: Any) -> Any:
+    """Return a stock cache with the sequences of several caches of ours as its rows.
+
+    Args:
+        caches: Each holds one sequence. Of different lengths only where all layers are full attention.
+        model_config: The model's config.
+
+    Returns:
+        The rows right-aligned, with zeros before the shorter ones. The caches are left as they are.
+    """
+    joined = new_stock_cache(model_config)
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    joined.layers = [_join_layers([_plain(layer) for layer in row]) for row in layers]
+    return joined
+
+
+def _plain(layer: Any) -> Any:
+    return layer.plain() if isinstance(layer, FullLayer | SlidingLayer) else copy.copy(layer)
+
+
+def _join_layers(layers: list[Any]) -> Any:
+    joined = layers[0]
+    for name, value in vars(joined).items():
+        values = [getattr(layer, name) for layer in layers]
+        if name in ("keys", "values") and value is not None:
+            setattr(joined, name, _right_aligned(values))
+        else:
+            setattr(joined, name, _join_states(values))
+    return joined
+
+
+def _right_aligned(parts: list[torch.Tensor]) -> torch.Tensor:
+    longest = max(part.shape[2] for part in parts)
+    first = parts[0]
+    rows = first.new_zeros((len(parts), first.shape[1], longest, first.shape[3]))
+    for row, part in zip(rows, parts, strict=True):
+        row[:, longest - part.shape[2] :] = part[0]
+    return rows
+
+
+def _join_states(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _join_states([value[key] for value in values]) for key in first}
+    if isinstance(first, torch.Tensor) and first.ndim:
+        return torch.cat(values)
+    return first  # numbers and flags, which agree for the same number of tokens
 
 
 def truncate(cache: Any, length: int) -> None:

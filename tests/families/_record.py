@@ -62,6 +62,7 @@ class Record:
 
     families: dict[str, FamilyResult] = field(default_factory=dict)
     modes: dict[str, ModeResult] = field(default_factory=dict)
+    real_modes: dict[str, ModeResult] = field(default_factory=dict)
 
     def family(self, name: str) -> FamilyResult:
         """Return the entry of a family, made when it is new."""
@@ -70,6 +71,10 @@ class Record:
     def mode(self, name: str) -> ModeResult:
         """Return the entry of a mode, made when it is new."""
         return self.modes.setdefault(name, ModeResult(name))
+
+    def real_mode(self, name: str) -> ModeResult:
+        """Return the entry of a mode with real models, made when it is new."""
+        return self.real_modes.setdefault(name, ModeResult(name))
 
 
 def family_row(result: FamilyResult) -> str:
@@ -85,11 +90,21 @@ def mode_row(result: ModeResult, kinds: list[str]) -> str:
     return f"| {result.name} | " + " | ".join(result.outcomes.get(kind, "") for kind in kinds) + " |"
 
 
+def kinds_of(modes: dict[str, ModeResult]) -> list[str]:
+    """Return the columns of a table of modes."""
+    return sorted({kind for mode in modes.values() for kind in mode.outcomes})
+
+
+def _table(modes: dict[str, ModeResult]) -> list[str]:
+    kinds = kinds_of(modes)
+    head = ["| mode | " + " | ".join(kinds) + " |", "|---|" + "---|" * len(kinds)]
+    return [*head, *(mode_row(mode, kinds) for mode in modes.values())]
+
+
 def render(record: Record, transformers_version: str) -> str:
     """Return the whole page."""
     served = [r for r in record.families.values() if not r.reason]
     refused = [r for r in record.families.values() if r.reason]
-    kinds = sorted({kind for mode in record.modes.values() for kind in mode.outcomes})
     lines = [_HEAD.format(transformers=transformers_version)]
     lines += [
         f"{len(served)} families are served exactly, {len(refused)} refused by name.\n",
@@ -100,8 +115,12 @@ def render(record: Record, transformers_version: str) -> str:
         "\n## Ways of generating\n",
         "On a full-attention, a sliding-window and a linear hybrid family; *reused* was compared with plain",
         "transformers from every tier, with the same seed where tokens are sampled.\n",
-        "| mode | " + " | ".join(kinds) + " |",
-        "|---|" + "---|" * len(kinds),
-        *(mode_row(mode, kinds) for mode in record.modes.values()),
+        *_table(record.modes),
     ]
+    if record.real_modes:
+        lines += [
+            "\n## Ways of generating, with real models\n",
+            "The same with real weights and real text, in float32: cold, from a live cache, and from disk.\n",
+            *_table(record.real_modes),
+        ]
     return "\n".join(lines) + "\n"

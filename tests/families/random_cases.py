@@ -1,6 +1,7 @@
 """Random cases: a family, a history, a prompt that shares some of it, a way of generating, a tier.
 
-``python -m tests.families.random_cases --count 5000`` runs many; ``test_random.py`` a few hundred of the same.
+``python -m tests.families.random_cases --count 5000`` runs many, ``--part 1/4`` a quarter of them; ``test_random.py``
+runs a few hundred of the same.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ MODES: dict[str, dict[str, Any]] = {
     "chunked": {"prefill_chunk_size": 8},
     "lookup": {"prompt_lookup_num_tokens": 2},
     "batch": {},
+    "batch of beams": {"num_beams": 2},
+    "assisted": {},
 }
 
 
@@ -87,9 +90,11 @@ def draw(count: int, seed: int) -> list[Case]:
     return sorted(cases, key=lambda case: case.family)
 
 
-def _generate(model: Any, ids: torch.Tensor, case: Case) -> list[list[int]]:
+def _generate(model: Any, ids: torch.Tensor, case: Case, assistant: Any = None) -> list[list[int]]:
     torch.manual_seed(case.number)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, **MODES[case.mode]}
+    if assistant is not None:
+        options["assistant_model"] = assistant
     return model.generate(ids, **options).tolist()
 
 
@@ -108,10 +113,14 @@ def _wrong(model: Any, case: Case) -> str | None:
             return "the cold call"
         torch.manual_seed(case.number + 1)
         prompt = torch.cat([reply[:, : case.cut], torch.randint(0, 250, (1, case.suffix))], dim=1)
-        if case.mode == "batch":
+        plain_assistant = assistant = None
+        if case.mode == "assisted":
+            plain_assistant = build("mistral", case.number % 2)
+            assistant = CachedModel(plain_assistant, store=store, block_size=BLOCK, progress=False)
+        if case.mode.startswith("batch"):
             prompt = torch.cat([prompt, prompt.flip(1)])
         try:
-            expected = _generate(model, prompt, case)
+            expected = _generate(model, prompt, case, plain_assistant)
         except ValueError:
             return None  # transformers refuses this mode for this family
         for tier in (case.tier, "live"):
@@ -121,7 +130,7 @@ def _wrong(model: Any, case: Case) -> str | None:
                 store.flush()
                 assert store._cpu is not None
                 store._cpu.clear()
-            found = _generate(cached, prompt, case)
+            found = _generate(cached, prompt, case, assistant)
             if found != expected:
                 return f"the warm call: {cached.usage!r}"
         store.flush()
@@ -149,13 +158,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", default="1/1", help="which of how many equal parts, such as 2/4")
     args = parser.parse_args()
+    part, parts = (int(number) for number in args.part.split("/"))
+    cases = draw(args.count, args.seed)
+    cases = cases[len(cases) * (part - 1) // parts : len(cases) * part // parts]
     began = time.perf_counter()
     wrong = 0
-    for case, what in run_cases(draw(args.count, args.seed)):
+    for case, what in run_cases(cases):
         wrong += 1
         print(f"WRONG {what} in {case}", flush=True)
-    print(f"{args.count:,} cases of seed {args.seed}, {wrong} wrong, {time.perf_counter() - began:.0f} s")
+    seconds = time.perf_counter() - began
+    print(f"{len(cases):,} cases of seed {args.seed}, part {args.part}, {wrong} wrong, {seconds:.0f} s")
     sys.exit(bool(wrong))
 
 

@@ -58,7 +58,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "mask": ("attention_mask hides tokens", {"attention_mask": HALF_MASK}),
     "attentions": ("output_attentions", {"output_attentions": True, "return_dict_in_generate": True}),
     "hidden states": ("output_hidden_states", {"output_hidden_states": True, "return_dict_in_generate": True}),
-    "position ids": ("argument 'position_ids'", {"position_ids": torch.arange(PROMPT.shape[1])[None]}),
+    "position ids": ("argument 'position_ids'", {"position_ids": torch.arange(2, PROMPT.shape[1] + 2)[None]}),
 }
 
 
