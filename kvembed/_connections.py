@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvembed._errors import StoreClosedError
 from kvembed._mounts import network_filesystem
-from kvembed._schema import migrate
+from kvembed._schema import SCHEMA_VERSION, migrate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +179,12 @@ class Connections:
     def _check(self, db: sqlite3.Connection) -> sqlite3.Connection:
         try:
             db.execute("SELECT count(*) FROM meta").fetchone()
+            if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+                # Its tables are older, and the file may not be changed: they are migrated in memory.
+                copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                db.backup(copy)
+                db.close()
+                db = copy
             migrate(db, str(self._path))
         except BaseException:
             db.close()

@@ -253,9 +253,6 @@ class Eraser:
                 for other in path.parent.glob(f"*{key.hex()}*"):
                     _delete(other)
         found = scan_folder(disk.root, self._needles, mend=_delete)
-        if any(trace.startswith(catalog.path.name) for trace in found.traces):
-            self._rewrite_catalog()
-            found = scan_folder(disk.root, self._needles)
         return ForgetReport(self.blocks, self.nbytes, self.kept, found.scanned, found.traces, found.elsewhere)
 
     def _forget_in_catalog(self) -> None:
@@ -264,6 +261,10 @@ class Eraser:
         with catalog.transaction() as db:
             # All of them: blocks that went on from the text and were evicted before cannot be told from others.
             db.execute("DELETE FROM tombstones")
+        # Deleted rows are zeroed, but where SQLite moved cells between pages their old bytes stay; and rows deleted
+        # before are not known. Others may be reading or writing: then the scan says what is left.
+        with contextlib.suppress(sqlite3.OperationalError), catalog.connection() as db:
+            db.execute("VACUUM")
         self._checkpoint()
 
     def _checkpoint(self) -> None:
@@ -272,15 +273,6 @@ class Eraser:
         # Pages as they were before lie in the write-ahead log until it is emptied.
         with contextlib.suppress(sqlite3.OperationalError), catalog.connection() as db:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def _rewrite_catalog(self) -> None:
-        """Leave free space behind: in a catalog older than zeroing on deletion there are old rows."""
-        catalog = self._store._catalog
-        assert catalog is not None
-        # Others may be reading or writing: then the scan says what is left.
-        with contextlib.suppress(sqlite3.OperationalError), catalog.connection() as db:
-            db.execute("VACUUM")
-        self._checkpoint()
 
 
 def _delete(path: Path) -> None:

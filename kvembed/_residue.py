@@ -60,8 +60,10 @@ class Needles:
         self._index = None
         for key in keys:
             self._keys.add(key.hex())
-            self._strings[key] = "key"
-            self._strings[key.hex().encode()] = "key"
+            # By its words: what moving a row leaves behind may be a part of it.
+            for at in range(0, len(key), _WORD):
+                self._strings[key[at : at + _WORD]] = "key"
+                self._strings[key[at : at + _WORD].hex().encode()] = "key"
 
     def add_block(self, info: BlockInfo, ids: TokenIds | None, kv: bytes) -> None:
         """Look for a block's key, token ids and KV.
