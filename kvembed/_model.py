@@ -381,8 +381,8 @@ class CachedModel:
         `KVStore.forget` and ``SECURITY.md`` for what stays in other processes and on the device).
 
         Args:
-            what: A document; a text, which is looked for as a prompt and as a document without a system message;
-                chat messages; or token ids.
+            what: A document; a session (its KV, not its words); a text, which is looked for as a prompt and as a
+                document without a system message; chat messages; or token ids.
 
         Returns:
             What was erased, and what a scan of the store's folder found of it afterwards.

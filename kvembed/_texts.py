@@ -1,4 +1,4 @@
-"""A model's stored texts as people name them: a document, a text, messages or ids to forget or to export."""
+"""A model's stored texts as people name them: a document, session, text, messages or ids to forget or to export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kvembed._errors import ConfigError, PromptError
 from kvembed._forget import Eraser, ForgetReport
 from kvembed._live import common_prefix
 from kvembed._prompt import encode, split_chat, tokenize
+from kvembed._sessions import Session
 
 if TYPE_CHECKING:
     from kvembed._keys import TokenIds
@@ -28,6 +29,8 @@ def sequences_of(model: CachedModel, what: Any) -> list[TokenIds]:
     """
     if isinstance(what, Document):
         return [what.prefix_ids]
+    if isinstance(what, Session):
+        return what.streams()
     ids = encode(model.tokenizer, what)
     if not len(ids):
         raise PromptError("an empty text: name at least one token")

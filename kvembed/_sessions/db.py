@@ -308,6 +308,13 @@ class SessionDB:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return len(gone)
 
+    def heads(self, name: str) -> list[int]:
+        """Return the ends of all branches a session is or was on."""
+        sql = "SELECT head FROM sessions WHERE name = ?1 UNION SELECT m.head FROM moves m JOIN sessions s "
+        with self._transaction() as db:
+            rows = db.execute(sql + "ON s.id = m.session WHERE s.name = ?1", (name,)).fetchall()
+        return [row[0] for row in rows if row[0] is not None]
+
     # --- messages --------------------------------------------------------------------------------------
 
     def branch(self, head: int | None) -> list[Message]:

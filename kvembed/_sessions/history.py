@@ -84,6 +84,11 @@ class History:
         """Tokens of the stream up to the last reply or document."""
         return len(self._stream)
 
+    @property
+    def streams(self) -> list[TokenIds]:
+        """Ids of the stream up to each reply or document, it included."""
+        return [as_token_ids(np.concatenate([anchor.ids, anchor.reply])) for anchor in self._anchors]
+
     def prompt(self, text: str) -> Prompt:
         """Return the ids of a rendered conversation, with as many known ones as its text still allows."""
         best_end, best_ids = 0, as_token_ids([])

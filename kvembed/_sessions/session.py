@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Iterator, Sequence
 
+    from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
@@ -441,6 +442,21 @@ class Session:
                 else:
                     parts.append(f"**{'You' if message.role == 'user' else 'Model'}**\n\n{message.content}\n")
             return "\n".join(parts)
+
+    def streams(self) -> list[TokenIds]:
+        """Return the token ids of every conversation that was had here: of all branches, up to each reply."""
+        with self._lock:
+            branches = [self._db.branch(head) for head in self._db.heads(self.name)]
+        found = [ids for branch in branches for ids in History(self._model.tokenizer, branch).streams]
+        unique = {ids.tobytes(): ids for ids in found if len(ids)}
+        return sorted(unique.values(), key=len, reverse=True)
+
+    def forget(self) -> ForgetReport:
+        """Erase the KV of this conversation from the store; its words stay until the session is removed.
+
+        See `CachedModel.forget`.
+        """
+        return self._model.forget(self)
 
     def close(self) -> None:
         """Close the file of sessions, if this session opened it."""

@@ -334,6 +334,31 @@ def test_ids_and_messages(model: Any, tiny_tokenizer: Any, store: KVStore) -> No
     assert store.ls() == []
 
 
+def test_a_session_with_the_branches_it_left(
+    model: Any, tiny_tokenizer: Any, store: KVStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVEMBED_HOME", str(tmp_path / "home"))
+    cached = wrap(model, store, tiny_tokenizer)
+    with cached.session("one") as session, cached.session("two") as other:
+        session.send("How many ships came by at dusk, and how many at dawn?", max_new_tokens=20)
+        session.send("And tomorrow?", max_new_tokens=20)
+        session.edit(1, "What about the next day, then?", max_new_tokens=20)
+        other.send("Quite another matter: what is the price of salt?", max_new_tokens=20)
+        store.flush()
+        before = {block.key: block for block in blocks_of(store)}
+        kept = cached.lookup(other.streams()[0]).num_tokens
+        report = session.forget()
+        assert report.ok
+        after = {block.key for block in blocks_of(store)}
+        gone = [block for key, block in before.items() if key not in after]
+        assert raw_scan(tmp_path / "store", gone) == []
+        left = [block for block in before.values() if block.key in after]
+        words = [tiny_tokenizer.decode(block.token_ids.tolist()) for block in left]
+        assert not any(part in word for word in words for part in ("ships", "dawn", "tomor", "next day"))
+        assert cached.lookup(other.streams()[0]).num_tokens == kept
+        assert session.turns[0].user.startswith("How many ships")
+
+
 def test_only_the_own_salt(model: Any, tiny_tokenizer: Any, store: KVStore) -> None:
     mine, theirs = (wrap(model, store, tiny_tokenizer, cache_salt=salt, max_live=0) for salt in "ab")
     mine.prefill(TEXT)
