@@ -6,14 +6,22 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kvembed._errors import ConfigError
 from kvembed._units import parse_bytes
 
-__all__ = ["cpu_budget", "disk_budget", "physical_memory"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["DiskBudget", "NamespaceQuotas", "cpu_budget", "disk_budget", "physical_memory", "write_budget"]
 
 _AUTO_CPU = 4 << 30
 _AUTO_DISK = 20 << 30
+_AUTO_WRITES = (8 << 30, 200 << 30)
+_LOOK_AGAIN_S = 10.0
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -85,3 +93,98 @@ def disk_budget(value: int | float | str | None, folder: Path, used: int) -> int
     if value == "auto":
         return min(_AUTO_DISK, free // 4)
     return parse_bytes(value, of=free, name="max_disk_bytes")
+
+
+class DiskBudget:
+    """The budget of the disk tier, worked out again as the disk fills.
+
+    A share of what is free shrinks when other programs take space; the store then gives up blocks with its
+    next write, and takes the space again when it is free again. Bytes stay what they are.
+
+    Args:
+        value: See `disk_budget`.
+        folder: An existing folder on the disk in question.
+        used: Bytes the store takes already.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+
+    def __init__(self, value: int | float | str | None, folder: Path, used: int) -> None:
+        self._value = value
+        self._folder = folder
+        self._share = isinstance(value, str) and (value == "auto" or value.strip().endswith("%"))
+        self._bytes = disk_budget(value, folder, used)
+        self._looked = time.monotonic()
+
+    def now(self, used: Callable[[], int]) -> int:
+        """Return the bytes of the budget; ``used`` is called when it is time to look at the disk again."""
+        if self._share and abs(time.monotonic() - self._looked) >= _LOOK_AGAIN_S:
+            self._looked = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._bytes = disk_budget(self._value, self._folder, used())
+        return self._bytes
+
+
+def write_budget(value: int | float | str | None, folder: Path) -> int | None:
+    """Return the bytes that may be written to disk in a day; None for no limit.
+
+    ``"auto"`` is a tenth of the disk's size, at least 8 GiB and at most 200 GiB. Consumer SSDs are rated to be
+    written over about 600 times (150 TB for 250 GB, 600 TB for 1 TB) in five years, which is a third of their size
+    a day; so at most a third of that wear is the store's.
+
+    Args:
+        value: Bytes, text such as ``"50GB"`` or ``"5%"`` (of the disk's size), ``"auto"``, or None.
+        folder: An existing folder on the disk in question.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    if value is None:
+        return None
+    size = shutil.disk_usage(folder).total
+    if value == "auto":
+        return min(max(size // 10, _AUTO_WRITES[0]), _AUTO_WRITES[1])
+    return parse_bytes(value, of=size, name="max_write_bytes_per_day")
+
+
+class NamespaceQuotas:
+    """How much of the disk the blocks of one model may take.
+
+    Args:
+        value: One size for every model, or sizes by model: by its name, by the first 8 or more hexadecimal digits
+            of its fingerprint, and ``"*"`` for all others. Percentages are of the disk budget. None for no quotas.
+
+    Raises:
+        ConfigError: A size or a key cannot be read.
+    """
+
+    def __init__(self, value: int | float | str | Mapping[str, int | float | str] | None) -> None:
+        self._sizes: dict[str, int | float | str] = {}
+        if isinstance(value, int | float | str):
+            self._sizes["*"] = value
+        elif value is not None:
+            self._sizes.update(value)
+        for name, size in self._sizes.items():
+            if not isinstance(name, str) or not name:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ConfigError(f'max_namespace_bytes: keys are names of models, digits or "*", got {name!r}')
+            parse_bytes(size, of=1 << 40, name="max_namespace_bytes")
+
+    def __bool__(self) -> bool:
+        """Return True when there is any."""
+        return bool(self._sizes)
+
+    def of(self, digest: bytes, name: str, budget: int) -> int | None:
+        """Return the bytes of one model, or None for no quota.
+
+        Args:
+            digest: Its fingerprint.
+            name: Its name.
+            budget: Bytes of the disk tier.
+        """
+        digits = digest.hex()
+        by_digits = [key for key in self._sizes if len(key) >= 8 and digits.startswith(key.lower())]
+        for key in (*sorted(by_digits, key=len, reverse=True), name, "*"):
+            if key in self._sizes:
+                return parse_bytes(self._sizes[key], of=budget, name="max_namespace_bytes")
+        return None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvembed._block import BlockInfo
 from kvembed._connections import Connections
+from kvembed._eviction import worth
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,11 @@ _CHUNK = 500  # keys in one statement; SQLite before 3.32 allows 999 variables
 _TOMBSTONES = 20_000
 _TRIM_EVERY = 200  # finding the oldest one to keep steps over all the others
 _BUSY_S = 5.0
+# What `kvembed._eviction` says, with what the catalog knows of the model.
+_PRIORITY = (
+    "(SELECT value FROM meta WHERE name = 'age') + worth * "
+    "(SELECT seconds_per_token FROM namespaces WHERE id = namespace)"
+)
 _INFO = "key, parent, namespace, start, n_tokens, exact, nbytes"
 
 
@@ -101,6 +107,10 @@ class Catalog:
         # All rows at once: a statement left open would hold back checkpoints of the WAL.
         with self._connections.use() as db:
             return db.execute(sql, values).fetchall()
+
+    def select(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return all rows of a query."""
+        return self._query(sql, values)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -179,8 +189,20 @@ class Catalog:
         return json.loads(rows[0][0]) if rows else None
 
     def set_note(self, digest: bytes, name: str, value: Any) -> None:
-        """Keep a JSON value beside a namespace."""
+        """Keep a JSON value beside a namespace; its prefill speed counts in eviction too."""
         self._query("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", (digest, name, json.dumps(value)))
+        if name == "prefill_tokens_per_second" and isinstance(value, int | float) and value > 0:
+            self._query("UPDATE namespaces SET seconds_per_token = ? WHERE digest = ?", (1.0 / value, digest))
+
+    def spaces(self) -> dict[bytes, tuple[int, int]]:
+        """Return blocks and bytes on disk of every namespace by digest."""
+        rows = self._query("SELECT digest, blocks, file_bytes FROM namespaces ORDER BY id")
+        return {bytes(digest): (blocks, file_bytes) for digest, blocks, file_bytes in rows}
+
+    def space_of(self, digest: bytes) -> int:
+        """Return the bytes on disk of one namespace."""
+        rows = self._query("SELECT file_bytes FROM namespaces WHERE digest = ?", (digest,))
+        return int(rows[0][0]) if rows else 0
 
     def _digest(self, number: int) -> bytes:
         digest = self._digests.get(number)
@@ -250,18 +272,19 @@ class Catalog:
             for info, probe, file_bytes, created in blocks:
                 now = max(created, self._touched.get(info.key, 0.0))
                 values = (self.add_namespace(info.namespace), info.start, info.n_tokens, probe, int(info.exact))
-                values += (info.nbytes, file_bytes, created, now)
+                values += (info.nbytes, file_bytes, created, worth(info, file_bytes), now)
                 # Not INSERT OR REPLACE: it would lose hits and pins, and run no delete trigger.
                 sql = (
                     "UPDATE blocks SET namespace = ?, start = ?, n_tokens = ?, probe = ?, exact = ?, nbytes = ?, "
-                    "file_bytes = ?, created = ?, last_used = max(last_used, ?) WHERE key = ?"
+                    "file_bytes = ?, created = ?, worth = ?, last_used = max(last_used, ?) WHERE key = ?"
                 )
                 if db.execute(sql, (*values, info.key)).rowcount == 0:
                     sql = (
                         "INSERT INTO blocks (namespace, start, n_tokens, probe, exact, nbytes, file_bytes, created, "
-                        "last_used, key, parent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                        "worth, last_used, key, parent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                     )
                     db.execute(sql, (*values, info.key, info.parent))
+                db.execute(f"UPDATE blocks SET priority = {_PRIORITY} WHERE key = ?", (info.key,))
 
     def delete(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
         """Delete rows and return the keys that were here.
@@ -273,6 +296,9 @@ class Catalog:
         gone: list[bytes] = []
         with self.transaction() as db:
             for key in keys:
+                if reason == "evicted":
+                    sql = "SELECT COALESCE((SELECT priority FROM blocks WHERE key = ?), 0.0)"
+                    db.execute(f"UPDATE meta SET value = max(value, ({sql})) WHERE name = 'age'", (key,))
                 if db.execute("DELETE FROM blocks WHERE key = ?", (key,)).rowcount:
                     gone.append(key)
                     if reason is not None:
@@ -292,10 +318,38 @@ class Catalog:
         rows = self._query("SELECT reason FROM tombstones WHERE key = ?", (key,))
         return rows[0][0] if rows else None
 
-    def to_evict(self, count: int, spare: bytes = b"") -> list[BlockRow]:
-        """Return the blocks to evict next: unpinned leaves, longest unused first, ends of chains first."""
-        tail = "WHERE children = 0 AND pins = 0 AND key != ? ORDER BY last_used, start DESC LIMIT ?"
-        return list(self.rows(tail, (spare, count)))
+    def to_evict(self, count: int, spare: bytes = b"", namespace: bytes | None = None) -> list[BlockRow]:
+        """Return the blocks to evict next: unpinned leaves, least worth keeping first (`kvembed._eviction`).
+
+        Args:
+            count: At most so many.
+            spare: A key to pass over.
+            namespace: Only those of this model.
+        """
+        where = "children = 0 AND pins = 0 AND key != ?"
+        order = "ORDER BY priority, last_used, start DESC LIMIT ?"
+        if namespace is None:
+            return list(self.rows(f"WHERE {where} {order}", (spare, count)))
+        number = self.add_namespace(namespace)
+        return list(self.rows(f"WHERE {where} AND namespace = ? {order}", (spare, number, count)))
+
+    def to_expire(self, before: float, count: int) -> list[bytes]:
+        """Return keys of unpinned leaves last used before a Unix time, at most ``count``."""
+        sql = "SELECT key FROM blocks WHERE children = 0 AND pins = 0 AND last_used < ? ORDER BY last_used LIMIT ?"
+        return [row[0] for row in self._query(sql, (before, count))]
+
+    def is_pinned(self, key: bytes) -> bool:
+        """Return True when a key is pinned, whether its block is here or not."""
+        return bool(self._query("SELECT 1 FROM pins WHERE key = ? LIMIT 1", (key,)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the database and its log on disk."""
+        total = 0
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                total += self.path.with_name(f"{self.path.name}{suffix}").stat().st_size
+        return total
 
     def counters(self) -> Counters:
         """Return the totals."""
@@ -323,9 +377,10 @@ class Catalog:
             self._touched.update(touched)
 
     def hit_later(self, key: bytes) -> None:
-        """Remember that a block was read; `flush_touches` writes it."""
+        """Remember that a block was read, and so is in use; `flush_touches` writes it."""
         with self._touch_lock:
             self._hits[key] = self._hits.get(key, 0) + 1
+            self._touched[key] = time.time()
 
     @property
     def has_touches(self) -> bool:
@@ -340,7 +395,7 @@ class Catalog:
             touched, self._touched = self._touched, {}
             hits, self._hits = self._hits, {}
         with self.transaction() as db:
-            sql = "UPDATE blocks SET last_used = ? WHERE key = ? AND last_used < ?"
+            sql = f"UPDATE blocks SET last_used = ?, priority = {_PRIORITY} WHERE key = ? AND last_used < ?"
             db.executemany(sql, [(when, key, when) for key, when in touched.items()])
             db.executemany("UPDATE blocks SET hits = hits + ? WHERE key = ?", [(n, key) for key, n in hits.items()])
 

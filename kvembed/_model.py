@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from kvembed._bypass import is_draft
 from kvembed._compiled import compiled_from
 from kvembed._document import Document
 from kvembed._engine import Engine
-from kvembed._errors import ConfigError, PromptError, UnsupportedModelError
+from kvembed._errors import ConfigError, PromptError, StoreClosedError, UnsupportedModelError
 from kvembed._explain import explain_prompt
 from kvembed._match import Explanation, PrefixMatch
 from kvembed._media import Media, MediaError, has_media, read_media
@@ -193,8 +194,15 @@ class CachedModel:
 
     def _run(self, request: Request) -> Any:
         with self._lock:
-            result, self._usage = self._runner.generate(request, self._refusal())
+            result, usage = self._runner.generate(request, self._refusal())
+            self._note(usage)
             return result
+
+    def _note(self, usage: Usage) -> Usage:
+        self._usage = usage
+        with contextlib.suppress(StoreClosedError):
+            self.store.record(usage)
+        return usage
 
     def _refusal(self) -> str | None:
         """Return why nothing can be served now, whatever the model."""
@@ -299,8 +307,7 @@ class CachedModel:
             if self.support is not None:
                 raise UnsupportedModelError(f"nothing to prefill: {self.support}")
             shown = self.progress if progress is None else progress
-            self._usage = self._runner.prefill(ids, deterministic=self.deterministic, progress=shown)
-            return self._usage
+            return self._note(self._runner.prefill(ids, deterministic=self.deterministic, progress=shown))
 
     def score(self, prompt: Any, continuations: Sequence[Any], *, progress: Progress | None = None) -> list[Score]:
         """Return the log-probabilities of continuations of a prompt, which is computed once and kept.
@@ -328,7 +335,8 @@ class CachedModel:
                 self._usage = Usage(prompt_tokens=len(ids), bypass_reason=refusal)
                 return score_plainly(self.hf_model, ids, parts)
             shown = self.progress if progress is None else progress
-            scores, self._usage = self._runner.score(ids, parts, deterministic=self.deterministic, progress=shown)
+            scores, usage = self._runner.score(ids, parts, deterministic=self.deterministic, progress=shown)
+            self._note(usage)
             return scores
 
     def recheck(self, on_progress: Callable[[int, int], object] | None = None) -> AuditReport:

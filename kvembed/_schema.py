@@ -80,7 +80,65 @@ CREATE TRIGGER pin_removed AFTER DELETE ON pins BEGIN
 END;
 """
 
-MIGRATIONS: tuple[tuple[str, str], ...] = (("001_initial", _M001),)
+_M002 = """
+-- What eviction weighs: `worth` is work to compute again (in tokens at position 0) for each byte on disk,
+-- `priority` is worth in seconds plus the value of meta 'age' when the block was last used (GreedyDual-Size).
+ALTER TABLE blocks ADD COLUMN worth REAL NOT NULL DEFAULT 0;
+ALTER TABLE blocks ADD COLUMN priority REAL NOT NULL DEFAULT 0;
+ALTER TABLE namespaces ADD COLUMN seconds_per_token REAL NOT NULL DEFAULT 0.001;
+ALTER TABLE namespaces ADD COLUMN blocks INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE namespaces ADD COLUMN file_bytes INTEGER NOT NULL DEFAULT 0;
+INSERT INTO meta VALUES ('age', 0.0), ('log_bytes', 0), ('log_calls', 0);
+
+UPDATE namespaces SET
+    blocks = (SELECT count(*) FROM blocks WHERE namespace = namespaces.id),
+    file_bytes = (SELECT COALESCE(sum(file_bytes), 0) FROM blocks WHERE namespace = namespaces.id);
+UPDATE namespaces SET seconds_per_token = 1.0 / (
+    SELECT CAST(value AS REAL) FROM notes WHERE digest = namespaces.digest AND name = 'prefill_tokens_per_second')
+    WHERE EXISTS (SELECT 1 FROM notes WHERE digest = namespaces.digest AND name = 'prefill_tokens_per_second'
+                  AND CAST(value AS REAL) > 0);
+-- As `kvembed._eviction.worth` has it. One token is taken for a snapshot of state, which stands for those before it.
+UPDATE blocks SET worth = CASE WHEN n_tokens > 1
+    THEN n_tokens * (1.0 + (start + n_tokens / 2.0) / 8192.0) / max(file_bytes, 16384 * n_tokens)
+    ELSE max(1, min(start, 2048)) * (1.0 + (start + 0.5) / 8192.0) / max(file_bytes, 16384 * max(1, min(start, 2048)))
+    END;
+UPDATE blocks SET priority = worth * (SELECT seconds_per_token FROM namespaces WHERE id = namespace);
+
+DROP INDEX blocks_to_evict;
+CREATE INDEX blocks_to_evict ON blocks (priority, last_used, start DESC) WHERE children = 0 AND pins = 0;
+CREATE INDEX blocks_to_evict_of ON blocks (namespace, priority, last_used, start DESC)
+    WHERE children = 0 AND pins = 0;
+
+CREATE TRIGGER space_added AFTER INSERT ON blocks BEGIN
+    UPDATE namespaces SET blocks = blocks + 1, file_bytes = file_bytes + NEW.file_bytes WHERE id = NEW.namespace;
+END;
+CREATE TRIGGER space_removed AFTER DELETE ON blocks BEGIN
+    UPDATE namespaces SET blocks = blocks - 1, file_bytes = file_bytes - OLD.file_bytes WHERE id = OLD.namespace;
+END;
+CREATE TRIGGER space_changed AFTER UPDATE OF namespace, file_bytes ON blocks BEGIN
+    UPDATE namespaces SET blocks = blocks - 1, file_bytes = file_bytes - OLD.file_bytes WHERE id = OLD.namespace;
+    UPDATE namespaces SET blocks = blocks + 1, file_bytes = file_bytes + NEW.file_bytes WHERE id = NEW.namespace;
+END;
+
+-- Sums of a day ('2026-11-24', local time) and, under day '', of all days.
+CREATE TABLE days (
+    day TEXT NOT NULL, name TEXT NOT NULL, value REAL NOT NULL, PRIMARY KEY (day, name)) WITHOUT ROWID;
+
+-- One row for each call: the whole blocks it used or made, as the first 8 bytes of their keys; `block_bytes` is
+-- what one of them takes on disk.
+CREATE TABLE calls (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, keys BLOB NOT NULL, block_bytes INTEGER NOT NULL);
+CREATE TRIGGER call_added AFTER INSERT ON calls BEGIN
+    UPDATE meta SET value = value + length(NEW.keys) WHERE name = 'log_bytes';
+    UPDATE meta SET value = value + 1 WHERE name = 'log_calls';
+END;
+CREATE TRIGGER call_removed AFTER DELETE ON calls BEGIN
+    UPDATE meta SET value = value - length(OLD.keys) WHERE name = 'log_bytes';
+    UPDATE meta SET value = value - 1 WHERE name = 'log_calls';
+END;
+"""
+
+MIGRATIONS: tuple[tuple[str, str], ...] = (("001_initial", _M001), ("002_budgets", _M002))
 SCHEMA_VERSION = len(MIGRATIONS)
 
 

@@ -12,24 +12,28 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from kvembed._budgets import cpu_budget, disk_budget
+from kvembed._budgets import cpu_budget
 from kvembed._errors import ConfigError, StoreClosedError, StoreWarning
 from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
+from kvembed._ledger import Ledger
+from kvembed._stats import StoreStats
 from kvembed._store_admin import StoreAdmin
-from kvembed._store_types import PrefixEntry, ProblemLog, PruneReport, StoredBlock, StoreStats, VerifyReport
+from kvembed._store_types import PrefixEntry, ProblemLog, PruneReport, StoredBlock, VerifyReport
 from kvembed._tiers.cpu import CpuTier
-from kvembed._tiers.disk import DiskTier
 from kvembed._writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from kvembed._admission import Admission
     from kvembed._block import Block, BlockInfo
     from kvembed._blockfile import BlockFileSource
     from kvembed._catalog import Catalog
     from kvembed._keys import TokenIds
     from kvembed._tiers._base import BlockSource
+    from kvembed._tiers.disk import DiskTier
+    from kvembed._usage import Usage
 
 __all__ = ["KVStore", "PrefixEntry", "PruneReport", "StoreStats", "StoredBlock", "VerifyReport"]
 
@@ -47,7 +51,16 @@ class KVStore(StoreAdmin):
         max_cpu_bytes: Budget in host memory: bytes, ``"4GiB"``, ``"10%"`` of memory, or None for none. ``"auto"``
             is 4 GiB, at most a quarter of the memory.
         max_disk_bytes: Budget on disk as `du` counts it; as above, percentages are of the free space. ``"auto"``
-            is 20 GiB, at most a quarter of the free space. None keeps everything in memory.
+            is 20 GiB, at most a quarter of the free space. Shares follow the free space as it changes. None keeps
+            everything in memory.
+        max_write_bytes_per_day: Most that is written to disk in a day, by all processes; as above, percentages are
+            of the disk's size. ``"auto"`` is a tenth of it, 8 to 200 GiB. None for no limit. What is pinned is written
+            all the same; see ``docs/budgets.md``.
+        max_namespace_bytes: Most that the blocks of one model take on disk: one size for all, or sizes by the
+            model's name or its fingerprint's first digits, ``"*"`` for the others; percentages are of the disk budget.
+        write_policy: What is written to disk: ``"always"`` everything; ``"worth"`` what takes longer to compute than
+            to write and read, as far as measured; ``"seen-twice"`` what a second call uses.
+        ttl: Drop blocks on disk that were not used for so long: seconds, or text such as ``"30d"``.
         durability: ``"fast"`` survives a crash of the process; ``"safe"`` also waits for the device at every
             block, so that a power cut loses at most the newest one.
         read_only: True never writes to the folder. None finds out: a store in a folder that cannot be
@@ -67,11 +80,18 @@ class KVStore(StoreAdmin):
         *,
         max_cpu_bytes: int | str | None = "auto",
         max_disk_bytes: int | str | None = "auto",
+        max_write_bytes_per_day: int | str | None = "auto",
+        max_namespace_bytes: int | str | Mapping[str, int | str] | None = None,
+        write_policy: str = "always",
+        ttl: int | float | str | None = None,
         durability: str = "fast",
         read_only: bool | None = None,
     ) -> None:
-        if durability not in ("fast", "safe"):
-            raise ConfigError(f'durability must be "fast" or "safe", got {durability!r}')
+        from kvembed._store_open import DiskOptions, chores, open_disk, open_folder
+
+        self._options = options = DiskOptions(
+            max_disk_bytes, max_write_bytes_per_day, max_namespace_bytes, write_policy, ttl, durability
+        )
         self._closed = False
         self._pid = os.getpid()
         self._problems = ProblemLog()
@@ -80,43 +100,42 @@ class KVStore(StoreAdmin):
         self._spaces: dict[bytes, dict[str, Any]] = {}
         self._notes: dict[tuple[bytes, str], Any] = {}
         self._memory_pins: dict[str, list[bytes]] = {}
-        self._tier_hits: dict[str, list[int]] = {"cpu": [0, 0], "disk": [0, 0]}
-        self._cpu: CpuTier | None = None
+        self._tier_hits: dict[str, list[int]] = {"cpu": [0, 0, 0], "disk": [0, 0, 0]}
+        # What tiers and writer call must not be methods of the store: they would keep it alive.
+        self._seconds_per_token: dict[bytes, float] = {}
+        memory = cpu_budget(max_cpu_bytes)
+        self._cpu: CpuTier | None = CpuTier(memory, self._seconds_per_token.get) if memory else None
         self._disk: DiskTier | None = None
         self._catalog: Catalog | None = None
+        self._admission: Admission | None = None
+        self._ledger = Ledger(None)
         self._read_only = bool(read_only)
         self.path: Path | None = None
         housekeeping = None
-        if max_disk_bytes is not None and max_disk_bytes != 0:
-            from kvembed._store_open import open_folder
-
+        if options.on:
             opened = open_folder(path, read_only, sync=durability == "safe")
             self.path, self._catalog, self._read_only = opened.path, opened.catalog, opened.read_only
             if opened.catalog is not None:
                 try:
-                    budget = disk_budget(max_disk_bytes, opened.path, opened.used)
+                    disk, self._ledger, self._admission = open_disk(
+                        opened, opened.catalog, options, self._problems.report, self._seconds_per_token.get
+                    )
                 except BaseException:
                     opened.catalog.close()
                     raise
-                self._disk = DiskTier(
-                    opened.path,
-                    opened.catalog,
-                    budget,
-                    durability=durability,
-                    report=self._problems.report,
-                    writer=opened.writer,
-                )
+                self._disk = disk
                 if not opened.read_only:
-                    from kvembed._rebuild import housekeeping as steps
-
-                    housekeeping = steps(self._disk)
+                    cpu, ttl_s = self._cpu, options.ttl_s
+                    housekeeping = lambda: chores(disk, cpu, ttl_s)  # noqa: E731 - a def would be Optional to pyright
             for message in opened.warnings:
                 warnings.warn(message, StoreWarning, stacklevel=2)
-        memory = cpu_budget(max_cpu_bytes)
-        if memory:
-            self._cpu = CpuTier(memory)
         self._writer = Writer(
-            self._cpu, self._disk, self._problems.report, writable=not self._read_only, housekeeping=housekeeping
+            self._cpu,
+            self._disk,
+            self._problems.report,
+            writable=not self._read_only,
+            housekeeping=housekeeping,
+            admission=None if self._read_only else self._admission,
         )
         # When the store is dropped without close() the thread finishes its queue and ends.
         weakref.finalize(self, self._writer.request_stop).atexit = False
@@ -153,6 +172,9 @@ class KVStore(StoreAdmin):
                 self._catalog.after_fork()
             if self._cpu is not None:
                 self._cpu.after_fork()
+            self._ledger.after_fork()
+            if self._admission is not None:
+                self._admission.after_fork()
 
     def _writable(self) -> DiskTier | None:
         return None if self._read_only else self._disk
@@ -316,9 +338,11 @@ class KVStore(StoreAdmin):
                         self._disk.correct(cast("BlockFileSource", source))
                 source.close()
                 continue
-            counts = self._tier_hits[source.tier]
-            counts[0] += 1
-            counts[1] += source.info.n_tokens
+            info, counts = source.info, self._tier_hits[source.tier]
+            for i, n in enumerate((1, info.n_tokens, info.nbytes)):
+                counts[i] += n
+            names = (f"{source.tier}_hits", f"{source.tier}_hit_tokens", f"{source.tier}_hit_bytes")
+            self._ledger.add_later(**dict(zip(names, (1, info.n_tokens, info.nbytes), strict=True)))
             if source.tier == "disk" and self._catalog is not None:
                 self._catalog.hit_later(key)
             return source
@@ -340,14 +364,31 @@ class KVStore(StoreAdmin):
         self._writer.promote(keys)
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """Mark a prefix (root side first) as used now; it will be evicted later than others."""
+        """Mark the whole blocks of a call (root side first) as used now; they will be evicted later than others."""
         self._enter()
         keys = list(keys)
+        here = self._cpu.contains(keys[:1])[0] if self._cpu is not None and keys else None
         if self._cpu is not None:
             self._cpu.touch(keys)
         disk = self._writable()
         if disk is not None:
             disk.touch(keys)
+            self._ledger.log_later(keys, here.nbytes if here is not None else 0)
+            self._writer.note_touches()
+            if self._admission is not None:
+                with self._quiet("touch"):
+                    again = self._admission.used(keys)
+                    if again:
+                        self._writer.write_again(again)
+
+    def record(self, usage: Usage) -> None:
+        """Count what a call reused and saved; one that went to transformers untouched is not counted."""
+        self._enter()
+        if usage.bypass_reason is not None:
+            return
+        reused = {f"reused_{tier}": n for tier, n in usage.cached_tokens_by_tier.items()}
+        self._ledger.add_later(calls=1, prompt_tokens=usage.prompt_tokens, saved_s=usage.saved_s or 0.0, **reused)
+        if self._writable() is not None:
             self._writer.note_touches()
 
     def discard(self, key: bytes, reason: str) -> None:
@@ -391,6 +432,7 @@ class KVStore(StoreAdmin):
         if self._catalog is not None and not self._read_only:
             with self._quiet("flush"):
                 self._catalog.flush_touches()
+                self._ledger.flush()
         return done
 
     def close(self) -> None:

@@ -66,6 +66,8 @@ class StoreAdmin(StoreView):
         name = name or keys[-1].hex()[:12]
         if self._catalog is not None:
             self._catalog.pin(name, keys)
+            # What today's write budget or the policy held back is to be kept now.
+            self._writer.write_again(keys)
         else:
             held = self._memory_pins.setdefault(name, [])
             held.extend(key for key in keys if key not in held)
@@ -121,7 +123,8 @@ class StoreAdmin(StoreView):
         chosen = choose(rows, before, limit, unpinned_only)
         nbytes = sum(row.file_bytes for row in chosen)
         if not dry_run:
-            self._erase([row.info.key for row in chosen])
+            # The log keeps them: pruned by age is not forgotten on purpose, and the curve of hit rates needs it.
+            self._erase([row.info.key for row in chosen], traces=False)
         return PruneReport(len(chosen), nbytes, dry_run)
 
     @explicit()
@@ -175,8 +178,13 @@ class StoreAdmin(StoreView):
         eraser.sequence(keys)
         return eraser.report().blocks
 
-    def _erase(self, keys: list[bytes]) -> int:
+    def _erase(self, keys: list[bytes], *, traces: bool = True) -> int:
+        """Delete blocks in every tier, and with ``traces`` what the log of calls says of them."""
         here = set[bytes]()
+        if traces:
+            self._ledger.forget(keys)
+            if self._admission is not None:
+                self._admission.forget(keys)
         if self._cpu is not None:
             here.update(info.key for info in self._cpu.contains(keys) if info is not None)
             self._cpu.remove(keys)
@@ -195,6 +203,9 @@ class StoreAdmin(StoreView):
         keys = {info.key for info in self._cpu.infos()} if self._cpu is not None else set[bytes]()
         if self._cpu is not None:
             self._cpu.clear()
+        self._ledger.forget(None)
+        if self._admission is not None:
+            self._admission.forget(None)
         if self._disk is not None:
             keys.update(row.info.key for row in self._disk.catalog.rows())
             self._disk.clear()

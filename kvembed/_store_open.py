@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kvembed._admission import POLICIES, Admission
+from kvembed._budgets import DiskBudget, NamespaceQuotas, write_budget
 from kvembed._catalog import Catalog
 from kvembed._errors import ConfigError, StoreError, StoreReadOnlyError
 from kvembed._files import fsync_dir
+from kvembed._ledger import Ledger
 from kvembed._mounts import network_filesystem
 from kvembed._paths import make_private_dir, store_dir
-from kvembed._rebuild import CATALOG_NAME, adopt_all, has_blocks, open_or_rebuild
+from kvembed._rebuild import CATALOG_NAME, adopt_all, has_blocks, housekeeping, open_or_rebuild
+from kvembed._tiers.disk import DiskTier
+from kvembed._units import parse_age
 
-__all__ = ["OpenedFolder", "open_folder"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from kvembed._tiers.cpu import CpuTier
+
+__all__ = ["DiskOptions", "OpenedFolder", "chores", "open_disk", "open_folder"]
+
+_EXPIRY_EVERY_S = 6 * 3600.0
+_EXPIRY_STEP = 100
 
 _FOLDERS = ("blocks", "namespaces", "quarantine")
 
@@ -141,3 +156,98 @@ def _open_usable(path: Path, sync: bool) -> Catalog | None:
             raise
         return None
     return catalog
+
+
+class DiskOptions:
+    """What `kvembed.KVStore` was told about its disk tier, checked before anything is opened.
+
+    Raises:
+        ConfigError: An option cannot be read.
+    """
+
+    def __init__(
+        self,
+        max_disk_bytes: int | str | None,
+        max_write_bytes_per_day: int | str | None,
+        max_namespace_bytes: int | str | Mapping[str, int | str] | None,
+        write_policy: str,
+        ttl: int | float | str | None,
+        durability: str,
+    ) -> None:
+        if durability not in ("fast", "safe"):
+            raise ConfigError(f'durability must be "fast" or "safe", got {durability!r}')
+        if write_policy not in POLICIES:
+            raise ConfigError(f"write_policy must be one of {', '.join(map(repr, POLICIES))}, got {write_policy!r}")
+        self.max_disk_bytes = max_disk_bytes
+        self.max_write_bytes_per_day = max_write_bytes_per_day
+        self.quotas = NamespaceQuotas(max_namespace_bytes)
+        self.write_policy = write_policy
+        self.ttl_s = None if ttl is None else parse_age(ttl, name="ttl")
+        self.durability = durability
+        if not self.on and (self.ttl_s is not None or self.quotas):
+            raise ConfigError("ttl and max_namespace_bytes are for blocks on disk: give max_disk_bytes too")
+
+    @property
+    def on(self) -> bool:
+        """True when there is a disk tier."""
+        return self.max_disk_bytes is not None and self.max_disk_bytes != 0
+
+
+def open_disk(
+    opened: OpenedFolder,
+    catalog: Catalog,
+    options: DiskOptions,
+    report: Callable[[str, str], None],
+    seconds_per_token: Callable[[bytes], float | None],
+) -> tuple[DiskTier, Ledger, Admission]:
+    """Make the disk tier of an opened folder, and what limits it.
+
+    Args:
+        opened: The folder.
+        catalog: Its catalog.
+        options: What the user said.
+        report: Called with a kind and a message when something is wrong.
+        seconds_per_token: Prefill speed of a model by its digest, None when it was not measured.
+    """
+    budget = DiskBudget(options.max_disk_bytes, opened.path, opened.used)
+    ledger = Ledger(catalog)
+    admission = Admission(
+        catalog,
+        ledger,
+        policy=options.write_policy,
+        per_day=write_budget(options.max_write_bytes_per_day, opened.path),
+        quotas=options.quotas,
+        seconds_per_token=seconds_per_token,
+        report=report,
+    )
+    tier = DiskTier(
+        opened.path,
+        catalog,
+        budget.now(lambda: 0),
+        durability=options.durability,
+        report=report,
+        writer=opened.writer,
+        admission=admission,
+        budget=budget,
+    )
+    return tier, ledger, admission
+
+
+def chores(disk: DiskTier, cpu: CpuTier | None, ttl_s: float | None) -> Iterator[None]:
+    """Do what a store needs done now and then, in small steps.
+
+    Args:
+        disk: The disk tier.
+        cpu: The cpu tier.
+        ttl_s: Drop blocks that were not used for so long; pinned ones and what leads to them stay.
+    """
+    yield from housekeeping(disk)
+    if ttl_s is None or not disk.catalog.claim("expiry", min(_EXPIRY_EVERY_S, ttl_s / 4)):
+        return
+    before = time.time() - ttl_s
+    # Ends of sequences first; then what they followed is an end itself.
+    while keys := disk.catalog.to_expire(before, _EXPIRY_STEP):
+        if cpu is not None:
+            cpu.remove(keys)
+        disk.remove(keys)
+        yield

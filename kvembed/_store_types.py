@@ -1,8 +1,7 @@
-"""What a `KVStore` answers with: small frozen dataclasses that print themselves, as text and as HTML."""
+"""What a `KVStore` answers with: small frozen dataclasses that print themselves."""
 
 from __future__ import annotations
 
-import html
 import threading
 import time
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from kvembed._units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from kvembed._block import BlockInfo
 
-__all__ = ["PrefixEntry", "ProblemLog", "PruneReport", "StoreStats", "StoredBlock", "TierStats", "VerifyReport"]
+__all__ = ["PrefixEntry", "ProblemLog", "PruneReport", "StoredBlock", "VerifyReport"]
 
 
 @dataclass(frozen=True)
@@ -22,100 +21,6 @@ class StoredBlock:
 
     info: BlockInfo
     tier: str
-
-
-@dataclass(frozen=True)
-class TierStats:
-    """One tier of a store.
-
-    Args:
-        name: ``"cpu"`` or ``"disk"``.
-        blocks: Number of blocks.
-        nbytes: Bytes in use, live caches and file system overhead included.
-        max_bytes: Budget.
-        hits: Blocks read from it since the store was opened.
-        hit_tokens: Tokens of those.
-    """
-
-    name: str
-    blocks: int
-    nbytes: int
-    max_bytes: int
-    hits: int
-    hit_tokens: int
-
-
-@dataclass(frozen=True)
-class StoreStats:
-    """State of a `KVStore`.
-
-    Args:
-        path: Its folder, or None for a store in memory only.
-        tiers: Fastest first.
-        hits: Blocks ever read from the disk tier, by all processes.
-        hit_tokens: Tokens of those.
-        pending_writes: Blocks that still wait for the disk.
-        namespaces: Number of models (more exactly fingerprints) with blocks here.
-        pins: Number of pinned names.
-        read_only: The folder is not written to.
-    """
-
-    path: str | None
-    tiers: tuple[TierStats, ...]
-    hits: int
-    hit_tokens: int
-    pending_writes: int
-    namespaces: int
-    pins: int
-    read_only: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return asdict(self)
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows = [("tier", "blocks", "used", "budget", "full", "hits", "tokens reused")]
-        for t in self.tiers:
-            full = f"{100 * t.nbytes / t.max_bytes:.0f} %" if t.max_bytes else "off"
-            sizes = (format_bytes(t.nbytes), format_bytes(t.max_bytes))
-            rows.append(
-                (t.name, format_count(t.blocks), *sizes, full, format_count(t.hits), format_count(t.hit_tokens))
-            )
-        return rows
-
-    def _summary(self) -> str:
-        parts = [f"{self.path or 'in memory'}{' (read-only)' if self.read_only else ''}"]
-        parts.append(f"{self.namespaces} model{'' if self.namespaces == 1 else 's'}")
-        parts.append(f"{self.pins} pinned")
-        parts.append(f"{self.pending_writes} waiting for the disk")
-        parts.append(f"{format_count(self.hit_tokens)} tokens reused from disk ever")
-        return " · ".join(parts)
-
-    def __repr__(self) -> str:
-        """Return a table as text."""
-        rows = self._rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-        return "\n".join([self._summary(), *lines])
-
-    def _repr_html_(self) -> str:
-        """Return a table for notebooks: inline styles, no scripts, the page's own colours."""
-        cell = "padding:2px 10px;text-align:right;border-bottom:1px solid rgba(127,127,127,.3)"
-        head, *rows = self._rows()
-
-        def line(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f'<{tag} style="{cell}">{html.escape(c)}</{tag}>' for c in cells) + "</tr>"
-
-        table = line(head, "th") + "".join(line(row, "td") for row in rows)
-        style = "border-collapse:collapse;color:currentColor;background:transparent"
-        return f'<div>{html.escape(self._summary())}</div><table style="{style}">{table}</table>'
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        """Return both forms; the front end chooses."""
-        return {"text/plain": repr(self), "text/html": self._repr_html_()}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from kvembed._errors import ConfigError, StoreError
 from kvembed._files import write_file
+from kvembed._html import ordered_tiers
 from kvembed._keys import snapshot_key
-from kvembed._store_types import PrefixEntry, StoreStats, TierStats
+from kvembed._ledger import today
+from kvembed._stats import ModelStats, StoreStats, TierStats
+from kvembed._store_types import PrefixEntry
 
 if TYPE_CHECKING:
     import threading
@@ -19,9 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from kvembed._admission import Admission
     from kvembed._block import BlockInfo
     from kvembed._catalog import Catalog
+    from kvembed._hitcurve import HitCurve
     from kvembed._keys import TokenIds
+    from kvembed._ledger import Ledger
+    from kvembed._store_open import DiskOptions
     from kvembed._store_types import ProblemLog
     from kvembed._tiers.cpu import CpuTier
     from kvembed._tiers.disk import DiskTier
@@ -64,6 +71,10 @@ class StoreView:
     _catalog: Catalog | None
     _writer: Writer
     _problems: ProblemLog
+    _admission: Admission | None
+    _ledger: Ledger
+    _options: DiskOptions
+    _seconds_per_token: dict[bytes, float]
     _read_only: bool
     _spaces: dict[bytes, dict[str, Any]]
     _notes: dict[tuple[bytes, str], Any]
@@ -129,6 +140,7 @@ class StoreView:
             with self._quiet("get_note"):
                 value = self._catalog.note(digest, name)
                 if value is not None:
+                    self._note_speed(digest, name, value)
                     return value
         return self._notes.get((digest, name))
 
@@ -136,27 +148,38 @@ class StoreView:
         """Keep a JSON value for a model: a measured speed, a verdict."""
         self._enter()
         self._notes[digest, name] = value
+        self._note_speed(digest, name, value)
         if self._catalog is not None and not self._read_only:
             with self._quiet("set_note"):
                 self._catalog.set_note(digest, name, value)
+
+    def _note_speed(self, digest: bytes, name: str, value: Any) -> None:
+        # Eviction in memory and the write policy weigh with it.
+        if name == "prefill_tokens_per_second" and isinstance(value, int | float) and value > 0:
+            self._seconds_per_token[digest] = 1.0 / value
 
     # -- looking -----------------------------------------------------------------------------------
 
     @explicit()
     def stats(self) -> StoreStats:
-        """Return sizes, budgets and hits of every tier."""
+        """Return sizes, budgets and hits of every tier, what was written, and what was saved."""
         self._enter()
+        catalog, ever = self._catalog, self._ledger.sums()
         tiers: list[TierStats] = []
+        sizes: dict[str, tuple[int, int, int]] = {}
         if self._cpu is not None:
-            used = self._cpu.nbytes + self._cpu.reserved
-            tiers.append(TierStats("cpu", len(self._cpu), used, self._cpu.max_bytes, *self._tier_hits["cpu"]))
+            sizes["cpu"] = (len(self._cpu), self._cpu.nbytes + self._cpu.reserved, self._cpu.max_bytes)
         hits = tokens = 0
         if self._disk is not None:
             self._disk.catalog.flush_touches()
             counters = self._disk.catalog.counters()
             hits, tokens = counters.hits, counters.hit_tokens
-            used = self._disk.nbytes
-            tiers.append(TierStats("disk", counters.blocks, used, self._disk.max_bytes, *self._tier_hits["disk"]))
+            sizes["disk"] = (counters.blocks, self._disk.nbytes, self._disk.max_bytes)
+        for name, size in sizes.items():
+            for_ever = (int(ever.get(f"{name}_{what}", 0)) for what in ("hits", "hit_tokens", "hit_bytes"))
+            tiers.append(TierStats(name, *size, *self._tier_hits[name], *for_ever))
+        today_s = self._ledger.sums(today())
+        reused = {name[7:]: int(value) for name, value in ever.items() if name.startswith("reused_")}
         return StoreStats(
             path=None if self.path is None else str(self.path),
             tiers=tuple(tiers),
@@ -166,7 +189,52 @@ class StoreView:
             namespaces=len(self.namespaces()),
             pins=len(self.pins()),
             read_only=self._read_only,
+            written_today=int(today_s.get("written_bytes", 0)),
+            max_write_bytes_per_day=None if self._admission is None else self._admission.per_day,
+            held_back_today=int(today_s.get("held_back_bytes", 0)),
+            written_bytes=int(ever.get("written_bytes", 0)),
+            write_policy=self._options.write_policy,
+            ttl_s=self._options.ttl_s,
+            calls=int(ever.get("calls", 0)),
+            prompt_tokens=int(ever.get("prompt_tokens", 0)),
+            reused_tokens=ordered_tiers(reused),
+            saved_s=ever.get("saved_s", 0.0),
+            saved_s_today=today_s.get("saved_s", 0.0),
+            models=self._models(),
+            catalog_bytes=0 if catalog is None else catalog.nbytes,
         )
+
+    def _models(self) -> tuple[ModelStats, ...]:
+        disk, admission = self._disk, self._admission
+        if disk is None:
+            return ()
+        names = {digest: str(fields.get("name", "")) for digest, fields in self.namespaces().items()}
+        models = [
+            ModelStats(
+                digest.hex(),
+                names.get(digest, ""),
+                blocks,
+                nbytes,
+                None if admission is None else admission.quota(digest, disk.max_bytes),
+            )
+            for digest, (blocks, nbytes) in disk.catalog.spaces().items()
+            if blocks
+        ]
+        return tuple(sorted(models, key=lambda model: -model.nbytes))
+
+    @explicit()
+    def hit_curve(self) -> HitCurve:
+        """Return what hit rate other disk budgets would have had, replayed from the log of calls."""
+        from kvembed._hitcurve import hit_curve
+
+        self._enter()
+        return hit_curve(self._ledger.calls(), self._disk.max_bytes if self._disk is not None else None)
+
+    @explicit()
+    def written_by_day(self, days: int = 30) -> dict[str, int]:
+        """Return the bytes of block files written on the latest days that had any, oldest first."""
+        self._enter()
+        return {day: int(nbytes) for day, nbytes in self._ledger.days("written_bytes", days).items()}
 
     @explicit()
     def ls(self, *, limit: int | None = 50, sort: str = "used") -> list[PrefixEntry]:

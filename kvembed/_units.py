@@ -6,7 +6,7 @@ import re
 
 from kvembed._errors import ConfigError
 
-__all__ = ["format_bytes", "format_count", "format_seconds", "parse_bytes"]
+__all__ = ["format_bytes", "format_count", "format_seconds", "parse_age", "parse_bytes"]
 
 _SIZE = re.compile(r"\s*([0-9]+(?:[_,][0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*|%)\s*")
 
@@ -54,6 +54,30 @@ def parse_bytes(value: int | float | str, *, of: int | None = None, name: str = 
     if float(text) > 100:
         raise ConfigError(f"{name}: {value!r} is more than all there is; use at most 100%")
     return int(of * float(text) / 100)
+
+
+_AGE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
+_AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_age(value: int | float | str, *, name: str = "") -> float:
+    """Return the seconds of an age such as ``"30d"``, ``"12h"`` or ``"90m"``; a number is seconds.
+
+    Args:
+        value: What to read.
+        name: What the value is for, named in errors.
+
+    Raises:
+        ConfigError: It cannot be read, or is negative.
+    """
+    if isinstance(value, str):
+        match = _AGE.fullmatch(value.lower())
+        if match is not None:
+            return float(match[1]) * _AGE_SECONDS[match[2]]
+    elif not isinstance(value, bool) and 0 <= value < float("inf"):
+        return float(value)
+    where = f"{name}: " if name else ""
+    raise ConfigError(f"{where}cannot read the age {value!r}; write it like 30d, 12h, 90m or 2w")
 
 
 def format_bytes(n: int | float) -> str:

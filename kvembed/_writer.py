@@ -23,6 +23,7 @@ from kvembed._units import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from kvembed._admission import Admission
     from kvembed._block import Block
     from kvembed._tiers.cpu import CpuTier
     from kvembed._tiers.disk import DiskTier
@@ -32,6 +33,7 @@ __all__ = ["Writer"]
 _PAUSE_S = 30.0
 _TOUCH_DELAY_S = 2.0
 _NICENESS = 10
+_HOUSE_EVERY_S = 900.0
 
 
 def _close_at_exit(reference: weakref.ref[Writer]) -> None:
@@ -51,7 +53,9 @@ class Writer:
         disk: Tier they go to, or None.
         writable: False reads from ``disk`` only.
         report: Called with a kind and a message when something is wrong.
-        housekeeping: Work for the thread when it has nothing else to do, in small steps.
+        housekeeping: Makes work for the thread when it has nothing else to do, in small steps; called again
+            now and then.
+        admission: What the policy has written.
     """
 
     def __init__(
@@ -61,13 +65,15 @@ class Writer:
         report: Callable[[str, str], None],
         *,
         writable: bool = True,
-        housekeeping: Iterator[None] | None = None,
+        housekeeping: Callable[[], Iterator[None]] | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._cpu = cpu
         self._disk = disk
         self._writable = writable and disk is not None
         self._report = report
-        self._housekeeping = housekeeping
+        self._chores = housekeeping
+        self._admission = admission
         self._paused_until = 0.0
         self._stop = False
         self._at_exit: Callable[[], None] | None = None
@@ -84,6 +90,8 @@ class Writer:
         self._touches_due: float | None = None
         self._busy = False
         self._writing = False
+        self._housekeeping: Iterator[None] | None = None
+        self._house_due = 0.0
         self._thread: threading.Thread | None = None
 
     def after_fork(self) -> None:
@@ -106,9 +114,10 @@ class Writer:
             if here is not None and (here.exact or not info.exact):
                 cpu.touch([info.key])
                 return
+        writable = self._writable and (self._admission is None or self._admission.wants(info))
         with self._lock:
             while True:
-                if not self._writable or self._stop or time.monotonic() < self._paused_until:
+                if not writable or self._stop or time.monotonic() < self._paused_until:
                     if cpu is not None and not cpu.put(block) and info.nbytes > cpu.max_bytes:
                         self._report(
                             "budget:cpu",
@@ -130,6 +139,21 @@ class Writer:
                     self._changed.wait(1.0)
             self._start()
             self._changed.notify_all()
+
+    def write_again(self, keys: Iterable[bytes]) -> None:
+        """Queue blocks of the cpu tier that were not written when they were put."""
+        if self._cpu is None or not self._writable:
+            return
+        with self._lock:
+            if self._stop or time.monotonic() < self._paused_until:
+                return
+            for key in keys:
+                block = self._cpu.take_for_disk(key)
+                if block is not None:
+                    self._blocks.append((block, False))
+            if self._blocks:
+                self._start()
+                self._changed.notify_all()
 
     def promote(self, keys: Iterable[bytes]) -> None:
         """Copy blocks from disk into the cpu tier, root side first, as far as they fit."""
@@ -256,9 +280,13 @@ class Writer:
         if self._promotions:
             key = self._promotions.popleft()
             return lambda: self._promote(key)
-        if self._housekeeping is not None and not self._stop:
-            return self._keep_house
-        return None
+        if self._stop or self._chores is None:
+            return None
+        if self._housekeeping is None and time.monotonic() >= self._house_due:
+            # After other work only: a thread that sleeps is not woken for it.
+            self._house_due = time.monotonic() + _HOUSE_EVERY_S
+            self._housekeeping = self._chores()
+        return self._keep_house if self._housekeeping is not None else None
 
     def _keep_house(self) -> None:
         steps = self._housekeeping
@@ -292,19 +320,22 @@ class Writer:
         if not outside and cpu is not None and not cpu.is_dirty(block):
             return  # removed, or replaced by a better one, while it waited
         self._writing = True
+        stored = False
         try:
             if time.monotonic() >= self._paused_until:
-                disk.put(block)
+                stored = disk.put(block)
         finally:
             self._writing = False
             if cpu is not None:
-                cpu.mark_clean(block)
+                cpu.mark_clean(block, on_disk=stored)
         if outside and cpu is not None:
-            cpu.put(block)
+            cpu.put(block, on_disk=stored)
 
     def _flush_touches(self) -> None:
         if self._disk is not None:
             self._disk.catalog.flush_touches()
+        if self._admission is not None:
+            self._admission.flush()
 
     def _promote(self, key: bytes) -> None:
         cpu, disk = self._cpu, self._disk
@@ -323,7 +354,7 @@ class Writer:
             return
         finally:
             source.close()
-        if not cpu.put(block):
+        if not cpu.put(block, on_disk=True):
             # What follows in the chain would fit even less; reading it would be for nothing.
             with self._lock:
                 self._promotions.clear()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvembed import ConfigError
-from kvembed._units import format_bytes, format_count, format_seconds, parse_bytes
+from kvembed._units import format_bytes, format_count, format_seconds, parse_age, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,17 @@ def test_format_seconds(seconds: float, expected: str) -> None:
 
 def test_format_count() -> None:
     assert format_count(4129) == "4,129"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30d", 2_592_000), ("12h", 43_200), ("90m", 5400), ("2 W", 1_209_600), ("1.5s", 1.5), (60, 60), (0.5, 0.5)],
+)
+def test_ages(text: str | float, seconds: float) -> None:
+    assert parse_age(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "d", "30", "30 years", "-1d", "1e9d", -1, float("nan"), True])
+def test_ages_that_cannot_be_read(text: str | float) -> None:
+    with pytest.raises(ConfigError, match="ttl: .*30d"):
+        parse_age(text, name="ttl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +33,6 @@ __all__ = [
     "holds_store",
     "load_model",
     "open_store",
-    "parse_age",
     "print_json",
     "store_path",
     "table",
@@ -46,21 +44,6 @@ DirOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-
-_AGE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*")
-_AGE_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def parse_age(text: str) -> float:
-    """Return the seconds of an age such as ``"30d"``, ``"12h"`` or ``"90m"``.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    match = _AGE.fullmatch(text.lower())
-    if match is None:
-        raise ConfigError(f"cannot read the age {text!r}; write it like 30d, 12h, 90m or 2w")
-    return float(match[1]) * _AGE_SECONDS[match[2]]
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,8 +14,6 @@ from kvembed._errors import ConfigError
 from kvembed._units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kvembed._store_types import PrefixEntry
 
 __all__ = ["register"]
@@ -22,6 +21,11 @@ __all__ = ["register"]
 
 _Targets = Annotated[
     list[str] | None, typer.Argument(help="Ids from kvembed ls, or names of pinned documents.", show_default=False)
+]
+
+_PlotOption = Annotated[
+    Path | None,
+    typer.Option(help="Draw hit rates and written bytes into this file (.png, .svg, .pdf).", show_default=False),
 ]
 
 
@@ -68,18 +72,33 @@ def register(app: typer.Typer) -> None:
             typer.echo(f"The first {limit}; see more with --limit.")
 
     @app.command()
-    def stats(folder: _common.DirOption = None, as_json: _common.JsonOption = False) -> None:
-        """Show how full the store is, and how much was reused."""
+    def stats(
+        plot: _PlotOption = None,
+        folder: _common.DirOption = None,
+        as_json: _common.JsonOption = False,
+    ) -> None:
+        """Show how full the store is, what was reused and written, and what hit rate other budgets would have had.
+
+        Budgets and limits shown are the defaults: those of a program that opened the store otherwise are its own.
+        """
         store = _common.open_store(folder)
         if store is None:
             _absent(folder, as_json, {"path": str(_common.store_path(folder)), "exists": False})
             return
         with store:
-            found = store.stats()
+            found, curve, written = store.stats(), store.hit_curve(), store.written_by_day()
+        if plot is not None:
+            from kvembed._cli._plot import plot as draw
+
+            draw(plot, curve, written, found.max_write_bytes_per_day)
         if as_json:
-            _common.print_json({**found.to_dict(), "exists": True})
-        else:
-            typer.echo(repr(found))
+            more = {"hit_curve": curve.to_dict(), "written_by_day": written, "exists": True}
+            _common.print_json({**found.to_dict(), **more})
+            return
+        typer.echo(repr(found))
+        typer.echo(f"\n{curve}")
+        if plot is not None:
+            typer.echo(f"Plot: {plot}")
 
     @app.command()
     def path(folder: _common.DirOption = None, as_json: _common.JsonOption = False) -> None:
@@ -139,10 +158,10 @@ def register(app: typer.Typer) -> None:
         """Remove old sequences. Pinned documents stay."""
         if older_than is None and max_bytes is None:
             raise ConfigError("say what to remove: --older-than 30d, or --max-bytes 5GiB, or both")
-        from kvembed._units import parse_bytes
+        from kvembed._units import parse_age, parse_bytes
 
         rules: dict[str, Any] = {
-            "older_than_s": None if older_than is None else _common.parse_age(older_than),
+            "older_than_s": None if older_than is None else parse_age(older_than, name="--older-than"),
             "max_bytes": None if max_bytes is None else parse_bytes(max_bytes, name="--max-bytes"),
         }
         store = _common.open_store(folder)

@@ -41,7 +41,8 @@ def register(app: typer.Typer) -> None:
         from kvembed._store import KVStore
 
         steps = Steps(quiet=as_json)
-        with KVStore(_common.store_path(folder)) as store:
+        # Asked for by name, so it is written even when today's write budget is spent; it counts all the same.
+        with KVStore(_common.store_path(folder), max_write_bytes_per_day=None) as store:
             with _common.load_model(model, store, steps, dtype=dtype) as cached:
                 if cached.support is not None:
                     raise UnsupportedModelError(f"kvembed cannot cache {model}: {cached.support}")

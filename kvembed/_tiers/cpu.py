@@ -1,4 +1,4 @@
-"""`CpuTier`: blocks in host memory, least recently used leaves out first."""
+"""`CpuTier`: blocks in host memory; leaves go first, those that cost least to get back before others."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvembed._errors import ConfigError
+from kvembed._eviction import SECONDS_PER_TOKEN, worth
 from kvembed._keys import probe_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kvembed._block import Block, BlockInfo, Layout
     from kvembed._keys import TokenIds
 
 __all__ = ["CpuTier", "MemorySource"]
+
+_READ_SECONDS_PER_BYTE = 1e-9  # what is on disk too is read back at about 1 GB/s
 
 
 class MemorySource:
@@ -59,7 +62,9 @@ class _Entry:
     probe: bytes
     used: int
     dirty: bool
+    on_disk: bool = False
     covered: bool = False
+    priority: float = 0.0
 
 
 class CpuTier:
@@ -69,14 +74,21 @@ class CpuTier:
     block whose children are here stays, since they could not be reached without it, and so does a block
     that still waits to be written to disk.
 
+    Which of them goes is decided as on disk (`kvembed._eviction`). A block that is on disk too costs a read; one
+    that is only here would have to be computed again.
+
     Args:
         max_bytes: Budget.
+        seconds_per_token: Of a prefill, by a model's digest.
     """
 
     name = "cpu"
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self, max_bytes: int, seconds_per_token: Callable[[bytes], float | None] = lambda digest: None
+    ) -> None:
         self.max_bytes = max_bytes
+        self._seconds_per_token = seconds_per_token
         self._reset()
 
     def _reset(self) -> None:
@@ -87,9 +99,10 @@ class CpuTier:
         self._pinned: frozenset[bytes] = frozenset()
         self._nbytes = 0
         self._clock = 0
-        # Leaves by last use. Entries are not removed when a leaf is used again or gets a child: what is
+        self._age = 0.0
+        # Leaves by priority, then last use. Entries are not removed when a leaf is used again or gets a child: what is
         # popped is checked instead. A linked list in order of use would have to be searched for leaves.
-        self._heap: list[tuple[int, int, bytes]] = []
+        self._heap: list[tuple[float, int, int, bytes]] = []
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +152,7 @@ class CpuTier:
         with self._lock:
             return [entry.block.info for entry in self._entries.values()]
 
-    def put(self, block: Block, *, dirty: bool = False) -> bool:
+    def put(self, block: Block, *, dirty: bool = False, on_disk: bool = False) -> bool:
         """Keep ``block``; see `kvembed._tiers._base.Tier.put`.
 
         A block whose parent is missing never evicts another: it could not be reached. So the first
@@ -148,6 +161,7 @@ class CpuTier:
         Args:
             block: What to keep.
             dirty: It is not on disk yet; it is not evicted until `mark_clean`.
+            on_disk: It is on disk too.
         """
         info = block.info
         with self._lock:
@@ -161,7 +175,8 @@ class CpuTier:
             if old is not None:
                 self._drop(info.key)
             self._drop_covered_tails(block)
-            self._entries[info.key] = entry = _Entry(block, probe_of(info.parent, block.token_ids), 0, dirty)
+            entry = _Entry(block, probe_of(info.parent, block.token_ids), 0, dirty, on_disk)
+            self._entries[info.key] = entry
             self._children.setdefault(info.parent, set()).add(info.key)
             self._nbytes += info.nbytes
             self._use(info.key, entry)
@@ -193,19 +208,28 @@ class CpuTier:
     def _use(self, key: bytes, entry: _Entry) -> None:
         self._clock += 1
         entry.used = self._clock
+        self._weigh(entry)
         self._offer(key)
+
+    def _weigh(self, entry: _Entry) -> None:
+        if entry.on_disk:
+            entry.priority = self._age + _READ_SECONDS_PER_BYTE
+        else:
+            info = entry.block.info
+            seconds = self._seconds_per_token(info.namespace) or SECONDS_PER_TOKEN
+            entry.priority = self._age + seconds * worth(info, info.nbytes)
 
     def _offer(self, key: bytes) -> None:
         """Enter a block into the order of eviction, if it may be evicted."""
         entry = self._entries.get(key)
         if entry is not None and not entry.dirty and key not in self._children:
-            heapq.heappush(self._heap, (entry.used, -entry.block.info.start, key))
+            heapq.heappush(self._heap, (entry.priority, entry.used, -entry.block.info.start, key))
             if len(self._heap) > 4 * len(self._entries) + 64:
                 self._rebuild_heap()
 
     def _rebuild_heap(self) -> None:
         leaves = ((k, e) for k, e in self._entries.items() if not e.dirty and k not in self._children)
-        self._heap = [(e.used, -e.block.info.start, k) for k, e in leaves]
+        self._heap = [(e.priority, e.used, -e.block.info.start, k) for k, e in leaves]
         heapq.heapify(self._heap)
 
     def _make_room(self, need: int, info: BlockInfo | None = None) -> bool:
@@ -218,16 +242,20 @@ class CpuTier:
             stuck = sum(e.block.info.nbytes for e in self._entries.values() if e.dirty)
             if orphan or limit < stuck:
                 return False  # without evicting others first for nothing
-        spared: list[tuple[int, int, bytes]] = []
+        spared: list[tuple[float, int, int, bytes]] = []
         while self._nbytes > limit and self._heap:
             item = heapq.heappop(self._heap)
-            entry = self._entries.get(item[2])
-            if entry is None or entry.used != item[0] or entry.dirty or item[2] in self._children:
+            priority, used, _, key = item
+            entry = self._entries.get(key)
+            if entry is None or (entry.priority, entry.used) != (priority, used) or entry.dirty:
                 continue
-            if item[2] in self._pinned or (info is not None and item[2] in (info.parent, info.key)):
+            if key in self._children:
+                continue
+            if key in self._pinned or (info is not None and key in (info.parent, info.key)):
                 spared.append(item)
                 continue
-            self._drop(item[2])
+            self._age = max(self._age, priority)
+            self._drop(key)
         for item in spared:
             heapq.heappush(self._heap, item)
         return self._nbytes <= limit
@@ -248,13 +276,28 @@ class CpuTier:
                 self._reserved[owner] = nbytes
             self._make_room(0)
 
-    def mark_clean(self, block: Block) -> None:
-        """Say that a block need not wait for the disk any more; another one with its key still does."""
+    def take_for_disk(self, key: bytes) -> Block | None:
+        """Return a block that is only here, and have it wait for the disk as one `put` with ``dirty``; or None."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.dirty or entry.on_disk:
+                return None
+            entry.dirty = True
+            return entry.block
+
+    def mark_clean(self, block: Block, *, on_disk: bool = False) -> None:
+        """Say that a block need not wait for the disk any more; another one with its key still does.
+
+        Args:
+            block: The block.
+            on_disk: It was written.
+        """
         with self._lock:
             entry = self._entries.get(block.key)
             if entry is None or entry.block is not block or not entry.dirty:
                 return
-            entry.dirty = False
+            entry.dirty, entry.on_disk = False, on_disk
+            self._weigh(entry)
             if entry.covered and block.key not in self._children:
                 self._drop(block.key)
             else:

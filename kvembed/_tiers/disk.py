@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
+    from kvembed._admission import Admission
     from kvembed._block import Block, BlockInfo
+    from kvembed._budgets import DiskBudget
     from kvembed._catalog import Catalog
     from kvembed._keys import TokenIds
 
@@ -49,6 +51,8 @@ class DiskTier:
         durability: ``"fast"`` leaves flushing to the system, ``"safe"`` waits for the device.
         report: Called with a kind and a message when something is wrong.
         writer: Name and version recorded in the files.
+        admission: What may be written, and models' quotas; None for no limits but ``max_bytes``.
+        budget: Works ``max_bytes`` out again before each write.
     """
 
     name = "disk"
@@ -62,6 +66,8 @@ class DiskTier:
         durability: str = "fast",
         report: Callable[[str, str], None] = _ignore,
         writer: str = "kvembed",
+        admission: Admission | None = None,
+        budget: DiskBudget | None = None,
     ) -> None:
         self.root = root
         self.catalog = catalog
@@ -71,6 +77,8 @@ class DiskTier:
         """A larger file is not believed to be a block."""
         self._report = report
         self._writer = writer
+        self._admission = admission
+        self._budget = budget
         # Found bad, but the catalog could not be told (it is read-only, or locked).
         self._bad: set[bytes] = set()
 
@@ -131,12 +139,24 @@ class DiskTier:
             self.touch([info.key])
             return True
         encoded = EncodedBlock(block, self._writer)
-        if not self._make_room(encoded.disk_nbytes - (old.file_bytes if old else 0), info, encoded.disk_nbytes):
+        whole, admission = encoded.disk_nbytes, self._admission
+        if admission is not None and not admission.take(info, whole):
             return False
-        encoded.write(path, sync=self._sync)
+        written = False
+        try:
+            if not self._make_room(whole - (old.file_bytes if old else 0), info, whole):
+                return False
+            began = time.perf_counter()
+            encoded.write(path, sync=self._sync)
+            written = True
+            if admission is not None:
+                admission.written(whole, time.perf_counter() - began)
+        finally:
+            if not written and admission is not None:
+                admission.give_back(whole)
         probe = probe_of(info.parent, block.token_ids)
         try:
-            self.catalog.insert([(info, probe, encoded.disk_nbytes, encoded.created)])
+            self.catalog.insert([(info, probe, whole, encoded.created)])
         except BaseException:
             if old is None:
                 self._unlink(info.key)
@@ -146,32 +166,58 @@ class DiskTier:
         return True
 
     def _make_room(self, need: int, info: BlockInfo, whole: int) -> bool:
-        if whole + self._folder_bytes(1) > self.max_bytes:
+        if self._budget is not None:
+            self.max_bytes = self._budget.now(lambda: self.nbytes)
+        quota = self._admission.quota(info.namespace, self.max_bytes) if self._admission is not None else None
+        least = whole + self._folder_bytes(1)
+        if least > self.max_bytes:
             self._report(
                 "budget",
                 f"the disk budget of {format_bytes(self.max_bytes)} is too small for one block "
-                f"(needs {format_bytes(whole + self._folder_bytes(1))}); raise max_disk_bytes",
+                f"(needs {format_bytes(least)}); raise max_disk_bytes",
             )
             return False
-        if self._used_with_one_more() + need <= self.max_bytes:
+
+        def excess() -> int:
+            return self._used_with_one_more() + need - self.max_bytes
+
+        def excess_of_model() -> int:
+            return 0 if quota is None else self.catalog.space_of(info.namespace) + need - quota
+
+        if excess() <= 0 and excess_of_model() <= 0:
             return True
         if info.start > 0 and self.catalog.row(info.parent) is None:
             return False
         self.catalog.flush_touches()
-        while (excess := self._used_with_one_more() + need - self.max_bytes) > 0:
-            # In one transaction with the deletion, so that two processes do not evict for the same need.
+        # A model beyond its quota gives up blocks of its own, and what others have stays.
+        if not self._evict(excess_of_model, info, info.namespace):
+            self._report(
+                f"quota:{info.namespace.hex()}",
+                f"the quota of {format_bytes(quota or 0)} for this model has no room for one more block: raise "
+                "max_namespace_bytes, or unpin",
+            )
+            return False
+        if not self._evict(excess, info, None):
+            self._report(
+                "budget",
+                f"the disk budget of {format_bytes(self.max_bytes)} has no room for {format_bytes(excess())} more: "
+                "what is there is pinned or the start of the same prompt; raise max_disk_bytes or unpin",
+            )
+            return False
+        return True
+
+    def _evict(self, excess: Callable[[], int], info: BlockInfo, namespace: bytes | None) -> bool:
+        """Evict until there is no excess; False when there is and nothing may go."""
+        while excess() > 0:
+            # In one transaction with the deletion, so that two processes do not evict for the same need. One
+            # at a time: until its file is deleted, a block is on the disk without being counted.
             with self.catalog.transaction():
-                rows = self.catalog.to_evict(1, spare=info.parent)
+                rows = self.catalog.to_evict(1, spare=info.parent, namespace=namespace)
                 rows = [row for row in rows if row.info.key != info.key]
                 gone = self.catalog.delete([row.info.key for row in rows], "evicted")
             for key in gone:
                 self._unlink(key)
             if not gone:
-                self._report(
-                    "budget",
-                    f"the disk budget of {format_bytes(self.max_bytes)} has no room for {format_bytes(excess)} more: "
-                    "what is there is pinned or the start of the same prompt; raise max_disk_bytes or unpin",
-                )
                 return False
         return True
 
@@ -287,10 +333,14 @@ class DiskTier:
 
     def remove(self, keys: Iterable[bytes], reason: str | None = "removed") -> int:
         """Delete blocks; return how many were here."""
-        gone = self.catalog.delete(keys, reason)
-        for key in gone:
-            self._unlink(key)
-        return len(gone)
+        removed = 0
+        for key in keys:
+            # Each alone: between the row and its file a block is on the disk without being counted, and
+            # another process may fill what looks free.
+            for gone in self.catalog.delete([key], reason):
+                self._unlink(gone)
+                removed += 1
+        return removed
 
     def clear(self) -> int:
         """Delete every block; return how many there were."""

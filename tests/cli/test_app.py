@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvembed._cli import _common
-from kvembed._errors import ConfigError, KVEmbedError, StoreWarning
+from kvembed._errors import KVEmbedError, StoreWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,19 +70,6 @@ def test_own_warnings_are_one_line(run: Callable[..., Any], monkeypatch: pytest.
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert run("path").stderr == "warning: the disk is full\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("30d", 2_592_000), ("12h", 43_200), ("90m", 5400), ("2 W", 1_209_600), ("1.5s", 1.5)]
-)
-def test_ages(text: str, seconds: float) -> None:
-    assert _common.parse_age(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "d", "30", "30 years", "-1d", "1e9d"])
-def test_ages_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(ConfigError, match="30d"):
-        _common.parse_age(text)
 
 
 @dataclass
