@@ -97,3 +97,22 @@ def test_the_design_page_names_every_module_and_no_other() -> None:
     present = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
     present |= {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert {name for name in named if name != "_base.py"} == present
+
+
+def test_the_snippet_of_the_budgets_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    (code,) = [code for language, code in fences(page) if language == "python"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "written today 0 B of 27.9 GiB a day" in done.stdout
+    assert "dropped when unused for 1440 h" in done.stdout
+    assert (tmp_path / "my-store" / "kvembed.db").is_file()
+
+
+def test_the_budgets_page_names_every_option_of_the_store_that_bounds_it() -> None:
+    page = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    import inspect
+
+    options = set(inspect.signature(kvembed.KVStore.__init__).parameters) - {"self", "path", "durability", "read_only"}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == options

@@ -28,7 +28,7 @@ def plot(path: Path, curve: HitCurve, written: dict[str, int], limit: int | None
     """
     try:
         # Not pyplot, which would choose a window system and keep the figure for ever.
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError("--plot needs matplotlib: pip install 'kvembed[notebook]'") from error
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -212,13 +212,13 @@ class DiskTier:
             # In one transaction with the deletion, so that two processes do not evict for the same need. One
             # at a time: until its file is deleted, a block is on the disk without being counted.
             with self.catalog.transaction():
-                rows = self.catalog.to_evict(1, spare=info.parent, namespace=namespace)
-                rows = [row for row in rows if row.info.key != info.key]
-                gone = self.catalog.delete([row.info.key for row in rows], "evicted")
+                rows = self.catalog.to_evict(2, spare=info.parent, namespace=namespace)
+                keys = [row.info.key for row in rows if row.info.key != info.key]
+                gone = self.catalog.delete(keys[:1], "evicted")
             for key in gone:
                 self._unlink(key)
             if not gone:
-                return False
+                return excess() <= 0  # another process may have made room since it was asked
         return True
 
     def _used_with_one_more(self) -> int:

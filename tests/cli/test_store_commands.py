@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from kvembed import KVStore
+from kvembed._testing import keys_of, put_all, random_chain
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -49,6 +52,42 @@ def test_stats(run: Run, run_json: Run, filled: Path) -> None:
     disk = next(tier for tier in stats["tiers"] if tier["name"] == "disk")
     assert (stats["exists"], stats["path"], stats["pins"], disk["blocks"]) == (True, str(filled), 1, 5)
     assert "disk" in run("stats", "--dir", filled).stdout
+
+
+def test_stats_shows_what_other_budgets_would_have_had(run: Run, run_json: Run, filled: Path) -> None:
+    with KVStore(filled) as store:
+        chain = random_chain(3, seed=1)
+        put_all(store, chain)
+        for _ in range(4):
+            store.touch(keys_of(chain))
+    found = run_json("stats", "--dir", filled)
+    curve = found["hit_curve"]
+    assert (curve["calls"], curve["blocks"], curve["hit_rates"][-1]) == (4, 12, 0.75)
+    assert sum(found["written_by_day"].values()) == found["written_bytes"] == found["written_today"] > 0
+    text = run("stats", "--dir", filled).stdout
+    assert "written today" in text
+    assert "75.0 %" in text
+
+
+def test_the_plot_of_stats(run: Run, filled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with KVStore(filled) as store:
+        put_all(store, random_chain(3, seed=1))
+        for _ in range(3):
+            store.touch(keys_of(random_chain(3, seed=1)))
+    target = tmp_path / "plot.svg"
+    assert str(target) in run("stats", "--dir", filled, "--plot", target).stdout
+    picture = target.read_text(encoding="utf-8")
+    assert "<svg" in picture
+    assert "cannot write the plot" in run("stats", "--dir", filled, "--plot", tmp_path / "plot.txt2", status=1).stderr
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    run: Run, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    error = run("stats", "--dir", filled, "--plot", tmp_path / "plot.png", status=1).stderr
+    assert "pip install 'kvembed[notebook]'" in error
 
 
 @pytest.mark.parametrize("command", [["ls"], ["stats"], ["verify"], ["prune", "--older-than", "1d"]])

@@ -89,7 +89,8 @@ def test_what_calls_saved_is_summed_and_marked_as_an_estimate(tmp_path: Path) ->
         with KVStore(tmp_path) as store:
             store.record(Usage(prompt_tokens=100, cached_tokens_by_tier={"disk": 60, "live": 30}, saved_s=1.5))
             store.record(Usage(prompt_tokens=1000, bypass_reason="a reason"))
-            stats = store.stats()
+    with KVStore(tmp_path) as store:
+        stats = store.stats()
     assert (stats.calls, stats.prompt_tokens, stats.saved_s, stats.saved_s_today) == (2, 200, 3.0, 3.0)
     assert stats.reused_tokens == {"live": 60, "disk": 120}
     for text in (repr(stats), stats._repr_html_()):
@@ -234,6 +235,7 @@ def test_the_curve_rises_to_what_a_store_without_limit_has() -> None:
     assert curve.best == sum(everything) / len(everything)
     now = simulate(calls, 5 * 4096)
     assert curve.hit_rate == sum(now) / len(now)
+    assert curve.hit_rate is not None
     text = str(curve)
     assert "200 calls" in text
     assert f"now 20.0 KiB: {100 * curve.hit_rate:.1f} %" in text
