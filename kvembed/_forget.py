@@ -244,7 +244,7 @@ class Eraser:
         left = set(catalog.get(list(self._names)))
         gone = self._names - left
         self._needles.add_keys(gone)
-        self._forget_in_catalog()
+        self._forget_in_catalog(gone)
         disk.empty_quarantine(gone)
         for key in gone:
             # Files without a row: of a process that was killed between the two, or in the middle of writing.
@@ -255,9 +255,13 @@ class Eraser:
         found = scan_folder(disk.root, self._needles, mend=_delete)
         return ForgetReport(self.blocks, self.nbytes, self.kept, found.scanned, found.traces, found.elsewhere)
 
-    def _forget_in_catalog(self) -> None:
+    def _forget_in_catalog(self, gone: set[bytes]) -> None:
         catalog = self._store._catalog
         assert catalog is not None
+        # Blocks that were evicted before are in the log of calls, though nowhere else.
+        self._store._ledger.forget(gone)
+        if self._store._admission is not None:
+            self._store._admission.forget(gone)
         with catalog.transaction() as db:
             # All of them: blocks that went on from the text and were evicted before cannot be told from others.
             db.execute("DELETE FROM tombstones")

@@ -6,6 +6,7 @@ bytes of block keys, which are hashes of hashes; it is bounded, and what is forg
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class Ledger:
         return [Call(when, _unpack(packed), nbytes) for when, packed, nbytes in rows]
 
     def forget(self, keys: Iterable[bytes] | None) -> None:
-        """Cut keys out of the log; None empties it."""
+        """Cut keys out of the log, with those after them in the same call, which followed them; None empties it."""
         catalog = self._catalog
         if catalog is None or not self._writable:
             return
@@ -171,7 +172,7 @@ class Ledger:
                 found = dict(db.execute("SELECT id, keys FROM calls"))
             for number, packed in found.items():
                 digests = _unpack(packed)
-                kept = b"".join(digest for digest in digests if digest not in gone)
+                kept = b"".join(itertools.takewhile(lambda digest: digest not in gone, digests))
                 if len(kept) == len(packed):
                     continue
                 # Not UPDATE: the sizes are counted when rows come and go.

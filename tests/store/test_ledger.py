@@ -170,6 +170,20 @@ def test_what_is_forgotten_is_cut_out_of_the_log(tmp_path: Path) -> None:
         assert store._ledger.calls() == []
 
 
+def test_what_followed_a_forgotten_block_is_cut_out_too_although_it_was_evicted(tmp_path: Path) -> None:
+    chain = random_chain(4)
+    with KVStore(tmp_path) as store:
+        call(store, chain)
+        store.flush()
+        assert store._cpu is not None
+        assert store._disk is not None
+        store._cpu.remove([chain[3].key])
+        store._disk.remove([chain[3].key], "evicted")
+        store.pin(keys_of(chain[:1]), "beginning")
+        assert store.forget(keys_of(chain[:3])) == 2
+        assert [entry.keys for entry in store._ledger.calls()] == [(chain[0].key[:8],)]
+
+
 def test_many_keys_are_cut_out_at_once(catalog: Catalog) -> None:
     ledger = Ledger(catalog)
     chain = keys_of(random_chain(80))
