@@ -4,7 +4,7 @@ Peers key their caches by a model *name*; then an adapter, an edited weight or a
 without an error. Here the key chain starts from a digest over
 
 * every parameter and buffer, all bytes (xxh3-128 on the CPU, a weighted sum modulo 2^64 on other devices),
-* the config (rope, window and layer types included), module classes, hooks and active adapters,
+* the config (rope, window and layer types included), module classes, their settings, hooks and active adapters,
 * dtype, device type, attention implementation, quantisation, cache layer kinds, block size,
 * versions of torch and transformers, and the processor's instruction set.
 
@@ -12,7 +12,7 @@ The full checksum runs when a model is wrapped. Before each call `Fingerprint.ch
 millisecond: version counters and data pointers see in-place operations, loading and casting; eight sampled words
 of every tensor see what those miss (``param.data += ...``, NumPy writes: how adapters are merged). What it cannot
 see is an edit through ``.data`` or NumPy that touches none of the sampled words; `CachedModel.refresh` forces the
-full checksum.
+full checksum. ``docs/design.md`` lists all that is missed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ __all__ = ["FORMAT", "Fingerprint", "adapter_refusal", "describe_difference"]
 FORMAT = 1
 """Version of the KV byte format; a new one makes every older block a miss."""
 
+_every_module = torch.nn.modules.module
+_NO_SETTINGS = ("training", "name_or_path", "active_adapter")  # adapters switch on their layers
+_LIBRARIES = ("transformers", "torch", "peft", "accelerate", "torchao", "bitsandbytes")
 _RECORDERS = "transformers.utils.output_capturing"
 _NOISE = (
     "_name_or_path",
@@ -88,20 +91,62 @@ def _switches(own: dict[str, Any]) -> str | None:
     return repr({key: own[key] for key in _ADAPTER_SWITCHES if own.get(key)})
 
 
+def _global_hook_ids() -> list[int]:
+    """Return the handle ids of hooks on all modules there are."""
+    return [*_every_module._global_forward_hooks, *_every_module._global_forward_pre_hooks]
+
+
 def _own_forward(own: dict[str, Any]) -> Any:
-    """Return the function that replaces a module's forward, or None; accelerate's only moves tensors."""
+    """Return the function that replaces a module's forward, or None; accelerate's own hooks only move tensors."""
     forward = own.get("forward")
-    return None if forward is None or "_hf_hook" in own else forward
+    if forward is None or _is_its_own(forward, own):
+        return None
+    wrapped = getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
+    return None if wrapped and _only_moves(own.get("_hf_hook")) else forward
+
+
+def _is_its_own(forward: Any, own: dict[str, Any]) -> bool:
+    """True for what a module would run anyhow: libraries that take a patch off set it again."""
+    module: Any = getattr(forward, "__self__", None)
+    return getattr(module, "__dict__", None) is own and forward.__func__ is type(module).forward
+
+
+def _only_moves(hook: Any) -> bool:
+    return type(hook).__module__ == "accelerate.hooks" and all(map(_only_moves, getattr(hook, "hooks", ())))
+
+
+def _settings(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Return numbers, switches and words among a module's attributes: scale, window, number of heads.
+
+    Modules copy them from the config and then read only their own. What starts with an underscore is left out: such
+    attributes tell how a model came about rather than what it computes. What a class says already is no setting.
+    """
+    kind = type(module)
+    if kind is torch.nn.Linear:  # most modules of most models; the shape of its weight says the same
+        return ()
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, int | float | str)
+        and name[0] != "_"
+        and name not in _NO_SETTINGS
+        and getattr(kind, name, None) != value
+    )
 
 
 def _module_states(modules: list[_Named]) -> list[_State]:
-    """Return class, mode, hooks, forward and adapter switches of every module.
+    """Return class, mode, hooks, forward, adapter switches and settings of every module.
 
     They change a forward without changing a weight. The functions themselves are kept, so that one that took the
     place, and perhaps the name and the address, of another is seen.
     """
     return [
-        (module, type(module), own["training"], _hook_ids(module), _own_forward(own), _switches(own))
+        (
+            *(module, type(module), own["training"], _hook_ids(module), _own_forward(own), _switches(own)),
+            own.get("_compiled_call_impl") is not None,
+            _settings(module),
+            len(own),
+        )
         for module, own in ((module, module.__dict__) for _, module in modules)
     ]
 
@@ -111,9 +156,9 @@ def _same_states(states: list[_State]) -> bool:
 
     Nothing is allocated for most modules: thousands of new tuples would wake the garbage collector, which costs more.
     """
-    for module, kind, training, hooks, forward, switches in states:
+    for module, kind, training, hooks, forward, switches, compiled, settings, attributes in states:
         own = module.__dict__
-        if type(module) is not kind or own["training"] is not training:
+        if type(module) is not kind or own["training"] is not training or len(own) != attributes:
             return False
         if (own["_forward_hooks"] or own["_forward_pre_hooks"] or hooks) and _hook_ids(module) != hooks:
             return False
@@ -121,6 +166,12 @@ def _same_states(states: list[_State]) -> bool:
             return False
         if (switches is not None or "_active_adapter" in own) and _switches(own) != switches:
             return False
+        if (compiled or "_compiled_call_impl" in own) and (own.get("_compiled_call_impl") is not None) is not compiled:
+            return False
+        for name, value in settings:
+            now = own.get(name)
+            if now is not value and now != value:
+                return False
     return True
 
 
@@ -180,6 +231,7 @@ class Fingerprint:
         processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
         self._tree = [(module, dict(module._modules)) for _, module in self._modules]
         self._states = _module_states(self._modules)
+        self._global_hooks = _global_hook_ids()
         self._classes = {type(module): type(module).forward for _, module in self._modules}
         self._config = _config_text(model.config)
         self.fields: dict[str, str] = {
@@ -211,20 +263,27 @@ class Fingerprint:
         What a hook computes cannot be read from outside, nor can a function made on the spot: KV made with one serves
         nobody else, least of all another process whose function may be another. So a salt enters with them.
         """
-        parts = [f"{kind.__qualname__}.forward is {_full_name(forward)}" for kind, forward in self._classes.items()]
-        for (name, _), (_, kind, training, hooks, forward, switches) in zip(self._modules, self._states, strict=True):
-            entry = f"{name}:{kind.__qualname__}{':training' if training else ''}"
+        parts = [
+            f"{kind.__qualname__}.forward is {self._code_name(forward)}" for kind, forward in self._classes.items()
+        ]
+        if self._global_hooks:
+            parts.append(f"hooks on all modules {self._global_hooks} {self._salt}")
+        for (name, _), state in zip(self._modules, self._states, strict=True):
+            _, kind, training, hooks, forward, switches, compiled, settings, _ = state
+            entry = f"{name}:{kind.__qualname__}{':training' if training else ''}{':compiled' if compiled else ''}"
+            if settings:
+                entry += f":{sorted(settings)}"
             if hooks:
                 entry += f":hooks {hooks} {self._salt}"
             if forward is not None:
-                entry += f":forward {self._patch_name(forward)}"
+                entry += f":forward {self._code_name(forward)}"
             parts.append(f"{entry}:{switches}" if switches else entry)
         return "\n".join(parts)
 
-    def _patch_name(self, forward: Any) -> str:
-        """Name a function set on one module: its own name if it can be imported by it, else a name in this process."""
-        name = _full_name(forward)
-        if "<" not in name and not name.startswith("."):
+    def _code_name(self, forward: Any) -> str:
+        """Name a function by its code, or where that does not tell what it computes, by a name in this process."""
+        name, sure = _code(forward)
+        if sure:
             return name
         if forward not in self._patches:
             self._patches.append(forward)
@@ -253,6 +312,8 @@ class Fingerprint:
             return True
         if tensors and (scan(tensors_of(self._modules)) != self._seen or self._sampled() != self._sample):
             return True
+        if _global_hook_ids() != self._global_hooks:
+            return True
         if not _same_states(self._states) or any(kind.forward is not f for kind, f in self._classes.items()):
             return True
         return _config_text(self._model.config) != self._config
@@ -263,8 +324,31 @@ class Fingerprint:
         self._compute()
 
 
-def _full_name(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '<unnamed>')}"
+def _code(function: Any) -> tuple[str, bool]:
+    """Return the name of the code of a function and of those it wraps, and whether that tells what they compute.
+
+    Not ``__qualname__``, which a wrapper takes over from what it wraps. What a function made inside another one has
+    from there cannot be read, nor what a method or a partial is bound to.
+    """
+    parts: list[str] = []
+    sure = True
+    while function is not None:
+        inner = getattr(function, "__func__", getattr(function, "func", None))
+        if inner is None:
+            code = getattr(function, "__code__", None)
+            if code is None:
+                return f"{' '.join(parts)} {type(function).__qualname__}", False
+            module = str(function.__globals__.get("__name__"))
+            parts.append(f"{module}.{code.co_qualname}")
+            if module.partition(".")[0] not in _LIBRARIES:
+                # Its owner may write it anew under the same name; of a library the version is known.
+                parts.append(blake3.blake3(code.co_code + repr(code.co_names).encode()).hexdigest()[:16])
+                sure = sure and "<" not in code.co_qualname
+            inner = function.__dict__.get("__wrapped__")
+        else:
+            sure = False
+        function = inner
+    return " ".join(parts), sure
 
 
 def _device_name(device: torch.device) -> str:

@@ -49,6 +49,7 @@ class WrappedModel:
         self._headless = False
         self.spec: CacheSpec | None = None
         self.fingerprint: Fingerprint | None = None
+        self._last_fingerprint: Fingerprint | None = None
         self.refusal: str | None = None
         self.verdict: OracleVerdict | None = None
         self._prepare()
@@ -191,21 +192,24 @@ class WrappedModel:
         Returns:
             True when the model is another one now.
         """
-        if self.fingerprint is None:
+        watched = self.fingerprint or self._last_fingerprint
+        if watched is None:
             return False
         # A model may have been refused because every forward changes a buffer: it must not be tried at every call.
-        changed = self.fingerprint.changed(self.attn_implementation, tensors=self.refusal is None)
+        changed = watched.changed(self.attn_implementation, tensors=self.refusal is None)
         return changed and self.refresh()
 
     def refresh(self) -> bool:
         """Take the full fingerprint again; True when the model is another one now."""
-        before = self.fingerprint.digest if self.fingerprint else None
-        if self.fingerprint is not None:
-            self.fingerprint.refresh(self.attn_implementation)
-            if self.fingerprint.digest == before:
+        watched = self.fingerprint or self._last_fingerprint
+        if watched is not None:
+            before = watched.digest
+            watched.refresh(self.attn_implementation)
+            if watched.digest == before:
                 return False
         # The dtype or device may be another one too, so the cache is probed again.
         self.spec = self.fingerprint = None
+        self._last_fingerprint = watched  # should it be refused now, this one sees it change again
         self._prepare()
         return True
 
