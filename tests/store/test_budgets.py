@@ -147,6 +147,19 @@ def test_memory_gives_up_what_is_on_disk_before_what_is_only_here() -> None:
     assert [info is not None for info in tier.contains([only_here.key, written.key])] == [True, False]
 
 
+def test_what_the_writer_wrote_leaves_memory_before_what_it_could_not(tmp_path: Path) -> None:
+    written, held_back, *others = [random_block(seed=n) for n in range(5)]
+    with KVStore(tmp_path, max_cpu_bytes=3 * 4096, max_write_bytes_per_day=FILE) as store:
+        for block in (written, held_back):
+            store.put(block)
+            store.flush()
+        store.touch([written.key])  # used last, but it can be read again
+        put_all(store, others[:2])
+        store.flush()
+        assert_reads(store, held_back, "cpu")
+        assert_reads(store, written, "disk")
+
+
 def test_memory_weighs_models_too_and_nothing_stays_for_ever() -> None:
     slow = bytes([1]) * 32
     tier = CpuTier(2 * 4096, {slow: 0.01}.get)  # ten times the default
