@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvembed._files import RandomAccess
     from kvembed._keys import TokenIds
 
-__all__ = ["BlockFileSource", "EncodedBlock", "open_block", "read_block", "read_header", "read_ids"]
+__all__ = ["BlockFileSource", "EncodedBlock", "open_block", "open_block_in", "read_block", "read_header", "read_ids"]
 
 _FIRST_READ = 16 << 10  # the header of a 30-layer model is 7 KB: one read gets it whole
 
@@ -54,11 +54,14 @@ class EncodedBlock:
         """What the file takes on the disk, as `du` counts it."""
         return disk_usage(self.file_nbytes)
 
+    @property
+    def buffers(self) -> tuple[memoryview, ...]:
+        """The content of the file, piece by piece."""
+        return (memoryview(self._header), self.block.data.data, self.block.token_ids.data.cast("B"))
+
     def write(self, path: Path, *, sync: bool = False) -> None:
         """Write the file; see `kvembed._files.write_file`."""
-        ids = self.block.token_ids
-        buffers = (memoryview(self._header), self.block.data.data, ids.data.cast("B"))
-        write_file(path, buffers, sync=sync)
+        write_file(path, self.buffers, sync=sync)
 
 
 _PART = 4 << 20  # bytes at a time where a file is only checked
@@ -218,6 +221,17 @@ def open_block(path: Path, *, portable: bool = False, max_bytes: int | None = No
     """
     with _opened(path, portable=portable, keep=True, max_bytes=max_bytes) as (file, header):
         return BlockFileSource(file, header, _read_ids(file, header))
+
+
+def open_block_in(file: RandomAccess, nbytes: int) -> BlockFileSource:
+    """Open a block whose file is a part of another one; raises `BlockFormatError` like `open_block`.
+
+    Args:
+        file: Reads that part; closed with the source.
+        nbytes: Its size.
+    """
+    header = _read_header(file, nbytes)
+    return BlockFileSource(file, header, _read_ids(file, header))
 
 
 def read_header(path: Path) -> BlockHeader:

@@ -11,7 +11,8 @@
         StoreClosedError       the store was closed
         StoreReadOnlyError     the folder cannot be written
         BlockFormatError       a block file that is corrupt, truncated, foreign or of another version
-        StoreFormatError       a whole store of another format version
+        StoreFormatError       a whole store, or an exported file, of another format version
+        ModelMismatchError     an exported file of another model; says what differs
     KVEmbedWarning             (also a UserWarning)
       CacheBypassWarning       a call was handed to transformers untouched; says why
       StoreWarning             something in the store went wrong; the call went on without it
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "KVEmbedError",
     "KVEmbedWarning",
+    "ModelMismatchError",
     "ModelNotFoundError",
     "PromptError",
     "StoreClosedError",
@@ -77,6 +79,30 @@ class BlockFormatError(StoreError):
 
 class StoreFormatError(StoreError):
     """The store on disk was written in a format this version cannot read."""
+
+
+class ModelMismatchError(StoreError):
+    """An exported file was made by another model than the one it is to be used with.
+
+    Args:
+        differences: Fields of the fingerprint that differ: what the file says, and what the model here says.
+    """
+
+    def __init__(self, differences: dict[str, tuple[str, str]]) -> None:
+        super().__init__(differences)
+        self.differences = differences
+
+    def __str__(self) -> str:
+        """Say which fields differ, each value at most 60 characters long."""
+        rows = [
+            f"{name} is {_short(there)} there, {_short(here)} here" for name, (there, here) in self.differences.items()
+        ]
+        what = "; ".join(rows) if rows else "no model here is known by its fields"
+        return f"the file was made by another model, whose KV must not be used: {what}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 class KVEmbedWarning(UserWarning):

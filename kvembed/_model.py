@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
+    from kvembed._portable import ExportReport, ImportReport
     from kvembed._progress import Progress
     from kvembed._score import Score
     from kvembed._sessions import Session
@@ -404,6 +405,37 @@ class CachedModel:
         with self._lock:
             self._engine.check_identity()
             return forget(self, what)
+
+    def export(self, path: str | os.PathLike[str], what: Any) -> ExportReport:
+        """Write what is stored of a text to one file; see `KVStore.export`.
+
+        A block that goes on past the text (a question about it) is cut where the text ends.
+
+        Args:
+            path: The file.
+            what: As for `forget`.
+
+        Raises:
+            ConfigError: Nothing of it is stored.
+        """
+        from kvembed._texts import export
+
+        with self._lock:
+            self._engine.check_identity()
+            return export(self, path, what)
+
+    def import_(self, path: str | os.PathLike[str], *, pin: str | None = None) -> ImportReport:
+        """Take in blocks that this very model, under this ``cache_salt``, computed elsewhere; see `KVStore.import_`.
+
+        Raises:
+            ModelMismatchError: Another model wrote the file; says what differs.
+            BlockFormatError: The file is damaged, or of another ``cache_salt``.
+        """
+        from kvembed._texts import import_
+
+        with self._lock:
+            self._engine.check_identity()
+            return import_(self, path, pin)
 
     def explain(self, prompt: Any) -> Explanation:
         """Say, in words, where a prompt leaves the nearest stored prefix and why no more of it is reused.

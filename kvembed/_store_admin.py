@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._eviction import choose
@@ -13,7 +13,10 @@ from kvembed._store_view import StoreView, explicit
 from kvembed._units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import os
+    from collections.abc import Callable, Iterable, Mapping
+
+    from kvembed._portable import ExportReport, ImportReport
 
 
 __all__ = ["StoreAdmin"]
@@ -211,6 +214,84 @@ class StoreAdmin(StoreView):
             self._disk.clear()
             self._disk.empty_quarantine(None)
         return len(keys)
+
+    # -- taking along ------------------------------------------------------------------------------
+
+    @explicit()
+    def export(self, path: str | os.PathLike[str], what: str | bytes | Iterable[bytes] | Named) -> ExportReport:
+        """Write the blocks of a sequence to one file that another store can import.
+
+        The file holds the text's token ids and KV in the clear, whoever has it has the text.
+
+        Args:
+            path: The file; replaced when it is there, mode 0600.
+            what: A pinned name, or something with that ``name`` (a document); the last key of a sequence, or its
+                first digits; or keys, each after the one it follows.
+
+        Raises:
+            ConfigError: Nothing goes by this name, or it is not stored (any more).
+        """
+        from kvembed._portable import export_blocks
+
+        self._enter()
+        self._flush()
+        name = what if isinstance(what, str) else getattr(what, "name", None)
+        if isinstance(name, str) and name in self.pins():
+            keys = self.pins()[name]
+        elif isinstance(what, str | bytes):
+            keys = [info.key for info in self._chain(self._find(what))]
+        elif isinstance(name, str):
+            raise ConfigError(f"nothing is pinned under {name!r}; export it with CachedModel.export")
+        else:
+            keys = list(cast("Iterable[bytes]", what))
+        if not keys:
+            raise ConfigError("nothing to export: no keys were given")
+        return export_blocks(self, path, [(key, None) for key in keys])
+
+    @explicit()
+    def import_(self, path: str | os.PathLike[str], *, pin: str | None = None, any_model: bool = False) -> ImportReport:
+        """Take in the blocks of a file that `export` wrote, each checked to its last byte, within the budgets.
+
+        What cannot be checked is whether the KV is really what the model computes: import only what you trust, or
+        compute it again with `CachedModel.recheck`.
+
+        Args:
+            path: The file.
+            pin: Name to pin them under.
+            any_model: Take blocks of a model that this store knows nothing of; otherwise only an empty store does.
+
+        Raises:
+            ModelMismatchError: Only other models have blocks here; says what differs from the nearest.
+            BlockFormatError: The file is damaged, or no export.
+            StoreFormatError: It was written by another version.
+        """
+        from kvembed._portable import refuse_other_models
+
+        ours = self.namespaces()
+
+        def accept(theirs: Mapping[bytes, Mapping[str, Any]]) -> None:
+            if ours and not any_model:
+                refuse_other_models(ours, theirs)
+            for digest in theirs.keys() - ours.keys():
+                self.register_namespace(digest, dict(theirs[digest]))
+
+        return self._take_in(path, accept, None, pin)
+
+    @explicit()
+    def _take_in(
+        self,
+        path: str | os.PathLike[str],
+        accept: Callable[[Mapping[bytes, Mapping[str, Any]]], None],
+        root: bytes | None,
+        pin: str | None,
+    ) -> ImportReport:
+        from kvembed._portable import import_blocks
+
+        self._begin_change()
+        report = import_blocks(self, path, accept=accept, root=root)
+        if pin is not None and report.keys:
+            self.pin(report.keys, pin)
+        return report
 
     # -- checking ----------------------------------------------------------------------------------
 

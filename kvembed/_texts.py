@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvembed._document import Document
-from kvembed._errors import ConfigError, PromptError
+from kvembed._errors import BlockFormatError, ConfigError, PromptError
 from kvembed._forget import Eraser, ForgetReport
+from kvembed._keys import block_key, chain_keys, snapshot_key
 from kvembed._live import common_prefix
+from kvembed._portable import export_blocks, refuse_other_models
 from kvembed._prompt import encode, split_chat, tokenize
 from kvembed._sessions import Session
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
+
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
+    from kvembed._portable import ExportReport, ImportReport
+    from kvembed._store import KVStore
 
-__all__ = ["forget", "sequences_of"]
+__all__ = ["export", "forget", "import_", "sequences_of"]
 
 _MERGES = 16
 """A text of so many tokens and more is also found where its last token was merged with what follows it."""
@@ -59,3 +68,52 @@ def forget(model: CachedModel, what: Any) -> ForgetReport:
         eraser.text(engine.root, ids, engine.block_size)
     engine.release_memory()
     return eraser.report()
+
+
+def export(model: CachedModel, path: str | os.PathLike[str], what: Any) -> ExportReport:
+    """Write the blocks of a text to a file; see `CachedModel.export`."""
+    if model.support is not None:
+        raise ConfigError(f"nothing to export: {model.support}")
+    store, engine = model.store, model._engine
+    store.flush()
+    wanted: dict[bytes, int | None] = {}
+    for ids in sequences_of(model, what):
+        for key, cut in _stored(store, engine.root, ids, engine.block_size):
+            wanted.setdefault(key, cut)
+    if not wanted:
+        raise ConfigError("nothing of this text is stored: prefill it first")
+    return export_blocks(store, path, list(wanted.items()))
+
+
+def _stored(store: KVStore, root: bytes, ids: TokenIds, size: int) -> Iterator[tuple[bytes, int | None]]:
+    """Yield what is stored of a text, root side first, each block with its tokens if only some are the text's."""
+    keys = chain_keys(root, ids, size)
+    blocks = store.lookup(keys)
+    for block in blocks:
+        yield block.info.key, None
+        yield from ((state.info.key, None) for state in store.known([snapshot_key(block.info.key)]) if state)
+    parent = keys[len(blocks) - 1] if blocks else root
+    rest = ids[len(blocks) * size :][:size]
+    names = [block_key(parent, np.ascontiguousarray(rest[:n])) for n in range(len(rest), 0, -1)]
+    whole = next((found for found in store.known(names) if found is not None), None)
+    tail = store.find_tail(parent, rest)
+    if whole is not None and (tail is None or whole.info.n_tokens >= tail[1]):
+        yield whole.info.key, None
+        yield from ((state.info.key, None) for state in store.known([snapshot_key(whole.info.key)]) if state)
+    elif tail is not None:
+        yield tail[0].info.key, tail[1]
+
+
+def import_(model: CachedModel, path: str | os.PathLike[str], pin: str | None) -> ImportReport:
+    """Take the blocks of a file in; see `CachedModel.import_`."""
+    if model.support is not None:
+        raise ConfigError(f"nothing can be imported: {model.support}")
+    store, engine = model.store, model._engine
+    ours = {engine.fingerprint.digest: dict(engine.fingerprint.fields)}
+
+    def accept(theirs: Mapping[bytes, Mapping[str, Any]]) -> None:
+        refuse_other_models(ours, theirs)
+        if len(theirs) > 1:
+            raise BlockFormatError("it holds blocks of several models; use KVStore.import_")
+
+    return store._take_in(path, accept, engine.root, pin)

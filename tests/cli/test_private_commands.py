@@ -63,3 +63,26 @@ def test_traces_are_an_error(run: Run, tiny_folder: Path, tmp_path: Path) -> Non
     copy = next(store.rglob("*.safetensors")).read_bytes()
     (store / "copy.bin").write_bytes(copy)
     assert "copy.bin" in run("forget", file, "-y", *options, status=1).stdout
+
+
+def test_export_and_import(run: Run, run_json: Run, filled: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "report.kvembed", tmp_path / "other"
+    assert "2 blocks" in run("export", "report", file, "--dir", filled).stdout
+    assert run_json("import", file, "--dir", other)["new"] == 2
+    assert "2 were here already" in run("import", file, "--pin", "again", "--dir", other).stdout
+    assert [entry["names"] for entry in run_json("ls", "--dir", other)] == [["again"]]
+    target = next(entry["id"] for entry in run_json("ls", "--dir", filled) if not entry["names"])
+    assert run_json("export", target, file, "--dir", filled)["blocks"] == 3
+    assert "no stored sequence" in run("export", "ffffffffffff", file, "--dir", filled, status=1).stderr
+    assert "no store" in run("export", "report", file, "--dir", tmp_path / "none", status=1).stderr
+
+
+def test_import_refuses_another_model_in_words(run: Run, run_json: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    text, file, store = tmp_path / "a.txt", tmp_path / "a.kvembed", tmp_path / "store"
+    text.write_text(TEXT, encoding="utf-8")
+    run("warm", text, "--pin", "--model", tiny_folder, "--dtype", "float32", "--dir", store)
+    run("export", "a.txt", file, "--dir", store)
+    options = ("--model", tiny_folder, "--dir", tmp_path / "other")
+    error = run("import", file, *options, "--dtype", "bfloat16", status=1).stderr
+    assert "dtype is 'torch.float32' there, 'torch.bfloat16' here" in error
+    assert run_json("import", file, *options, "--dtype", "float32")["new"] > 0
