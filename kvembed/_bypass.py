@@ -145,7 +145,9 @@ def _input_reason(
     for name, value in kwargs.items():
         if value is None or name in known or name in MEDIA_ARGUMENTS or hasattr(config, name):
             continue
-        if name in TYPE_ARGUMENTS and (has_media(kwargs) or not bool(value.any())):
+        if name in TYPE_ARGUMENTS and (
+            has_media(kwargs) or (isinstance(value, torch.Tensor) and not bool(value.any()))
+        ):
             continue
         if name == "position_ids" and not has_media(kwargs) and _are_usual(value, ids, mask):
             continue

@@ -11,6 +11,7 @@ from all of it. A prefix ends before or after one, never inside.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,29 +33,42 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "image": (
         "pixel_values",
         "pixel_values_images",
+        "high_res_pixel_values",
+        "pixel_values_local",
+        "num_local_patches",
         "pixel_attention_mask",
         "pixel_mask",
         "image_grid_thw",
+        "image_merge_sizes",
         "image_position_ids",
         "image_sizes",
+        "batch_num_images",
         "spatial_shapes",
     ),
     "video": (
         "pixel_values_videos",
         "video_grid_thw",
+        "video_merge_sizes",
+        "video_compression_mask",
         "video_position_ids",
+        "num_frames_per_video",
         "second_per_grid_ts",
+        "video_second_per_grid",
         "image_sizes_videos",
     ),
     "audio": (
         "input_features",
         "input_features_mask",
         "feature_attention_mask",
+        "audio_feature_lengths",
         "input_values",
         "input_values_mask",
         "audio_values",
     ),
 }
+
+_WHOLE = frozenset({"batch_num_images"})
+"""Arguments about a prompt rather than a picture: they go with each as they are."""
 
 MEDIA_ARGUMENTS = frozenset(name for names in _KINDS.values() for name in names)
 """Arguments of ``generate()`` that carry media, in transformers' models."""
@@ -90,16 +104,20 @@ class Media:
         units: Where its media lie, in order, apart from each other.
         arguments: The caller's media arguments.
         counts: For each kind, how many items its arguments can be taken apart into; None where they cannot.
+        types: The caller's arguments that mark which tokens are media.
         follows: Whether the model was found to go on right with text on top of cached media.
-        resumes: Whether it was found to compute media right on top of a filled cache.
+        resumes: Whether it was found to compute media right on top of cached text.
+        between: The same on top of cached media.
     """
 
     ids: TokenIds
     units: tuple[_Unit, ...]
     arguments: Mapping[str, Any]
     counts: Mapping[str, int | None] = field(default_factory=dict)
+    types: Mapping[str, Any] = field(default_factory=dict)
     follows: bool = False
     resumes: bool = False
+    between: bool = False
 
     @property
     def start(self) -> int:
@@ -118,7 +136,14 @@ class Media:
 
     def judged(self, verdict: MediaVerdict) -> Media:
         """Return the same media with what is known of the model."""
-        return replace(self, follows=bool(verdict.follows), resumes=bool(verdict.resumes))
+        return replace(
+            self, follows=bool(verdict.follows), resumes=bool(verdict.resumes), between=bool(verdict.between)
+        )
+
+    @property
+    def signature(self) -> str:
+        """What kind of call this is: what was found of one such call holds for others."""
+        return " ".join(sorted([*self.arguments, *self.types]))
 
     def floor(self, position: int) -> int:
         """Return the last position up to ``position`` where a reused prefix may end."""
@@ -126,11 +151,9 @@ class Media:
             if self.follows:
                 return position
             position = self.end - 1
-        if not self.resumes:
-            return 0
-        if not self.is_divisible:
-            return min(position, self.start)
-        return next((unit.start for unit in self.units if unit.start < position < unit.end), position)
+        if position > self.start and self.follows and self.between and self.is_divisible:
+            return next((unit.start for unit in self.units if unit.start < position < unit.end), position)
+        return min(position, self.start) if self.resumes else 0
 
     def part(self, start: int, end: int) -> dict[str, Any]:
         """Return the media arguments for the tokens from ``start`` to ``end``: None where none of a kind are left.
@@ -149,7 +172,7 @@ class Media:
                     continue
                 if not numbers:
                     found[name] = None
-                elif len(numbers) == self.counts.get(kind) or self.counts.get(kind) is None:
+                elif name in _WHOLE or len(numbers) == self.counts.get(kind) or self.counts.get(kind) is None:
                     found[name] = value
                 else:
                     found[name] = _rows_of(kind, name, value, self.arguments, numbers)
@@ -182,23 +205,25 @@ def read_media(config: Any, ids: TokenIds, kwargs: Mapping[str, Any]) -> Media:
             raise MediaError(f"{kind} without placeholder tokens in the prompt")
     is_media = np.zeros(len(ids), dtype=bool)
     for positions in at.values():
+        if is_media[positions].any():
+            raise MediaError("the same placeholder tokens for two kinds of media")
         is_media[positions] = True
     for name, value in types.items():
-        if value.shape != (1, len(ids)):
+        if not isinstance(value, torch.Tensor) or value.shape != (1, len(ids)):
             raise MediaError(f"{name} of another shape than input_ids")
         if bool((value.cpu().numpy()[0] != 0)[~is_media].any()):
             raise MediaError(f"{name} marks other tokens than those of media")
     counts: dict[str, int | None] = {}
     spans: list[tuple[int, int, tuple[str, int]]] = []
     for kind in kinds:
-        lengths = _tokens_of_items(kind, arguments, at[kind])
+        lengths = _tokens_of_items(config, kind, arguments, at[kind])
         counts[kind] = None if lengths is None else len(lengths)
         ends = np.cumsum([len(at[kind])] if lengths is None else lengths)
         for number, (first, last) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
             spans.append((int(at[kind][first]), int(at[kind][last - 1]) + 1, (kind, number)))
     units = _units(sorted(spans), is_media)
     own = _with_content_ids(ids, units, is_media, arguments, types, counts)
-    return Media(own, units, arguments, counts)
+    return Media(own, units, arguments, counts, types)
 
 
 def _placeholders(config: Any, kind: str) -> list[int]:
@@ -206,40 +231,64 @@ def _placeholders(config: Any, kind: str) -> list[int]:
     return [value for name in names if isinstance(value := getattr(config, name, None), int)]
 
 
-def _tokens_of_items(kind: str, arguments: Mapping[str, Any], at: np.ndarray) -> list[int] | None:
+def _tokens_of_items(config: Any, kind: str, arguments: Mapping[str, Any], at: np.ndarray) -> list[int] | None:
     """Return how many tokens each item of a kind has, or None when its arguments cannot be taken apart."""
-    values = {name: arguments[name] for name in _KINDS[kind] if name in arguments}
-    if not all(isinstance(value, torch.Tensor) for value in values.values()):
+    values = {name: arguments[name] for name in _KINDS[kind] if name in arguments and name not in _WHOLE}
+    if not values or not all(isinstance(value, torch.Tensor) for value in values.values()):
         return None
     grid = values.get(f"{kind}_grid_thw")
     if grid is not None:
-        return _tokens_by_grid(grid, values, at, _KINDS[kind][0])
+        return _tokens_by_grid(config, grid, values, at, _KINDS[kind][0])
     dim = _dimension_of_items(kind, arguments)
     counts = {value.shape[dim] if value.ndim > dim else -1 for value in values.values()}
     if len(counts) != 1:
         return None
     count = counts.pop()
+    main, *others = values.values()
+    # What tells how large each item is: without it, or where all are alike, so are their numbers of tokens.
+    alike = all(bool((value == value.narrow(dim, 0, 1)).all()) for value in others) if count > 0 else False
     runs = [len(run) for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)]
-    if len(runs) == count:
+    if len(runs) == count and (not alike or len(set(runs)) == 1):
         return runs
-    return [len(at) // count] * count if count > 0 and len(at) % count == 0 else None
+    if alike:
+        return [len(at) // count] * count if len(at) % count == 0 else None
+    if others and values.get("image_sizes") is not None and main.ndim == 4:
+        return _tokens_by_area(values["image_sizes"], len(at))  # Pixtral, with a break after each row of patches
+    return None
 
 
-def _tokens_by_grid(grid: torch.Tensor, values: Mapping[str, Any], at: np.ndarray, pixels: str) -> list[int] | None:
+def _tokens_by_area(sizes: torch.Tensor, tokens: int) -> list[int] | None:
+    """The same where a token stands for a square of pixels."""
+    areas = [int(height) * int(width) for height, width in sizes.tolist()] if sizes.shape[1:] == (2,) else []
+    square, rest = divmod(sum(areas), tokens)
+    if rest or not square or math.isqrt(square) ** 2 != square or any(area % square for area in areas):
+        return None
+    return [area // square for area in areas]
+
+
+def _tokens_by_grid(
+    config: Any, grid: torch.Tensor, values: Mapping[str, Any], at: np.ndarray, pixels: str
+) -> list[int] | None:
     """The same where the patches of all items lie in one long tensor, and a grid tells how many each has."""
-    if values.keys() - {pixels, "image_grid_thw", "video_grid_thw", "second_per_grid_ts"} or pixels not in values:
+    if values.keys() - {pixels, "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid"}:
+        return None
+    if pixels not in values or grid.ndim != 2 or not len(grid):
+        return None
+    if any(len(value) != len(grid) for name, value in values.items() if name != pixels):
         return None
     patches = [int(n) for n in grid.prod(dim=-1).tolist()]
     merged, rest = divmod(sum(patches), len(at))
-    if rest or not merged or values[pixels].shape[0] != sum(patches) or any(n % merged for n in patches):
+    side = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    if rest or not merged or (side is not None and merged != side**2) or any(n % merged for n in patches):
         return None
-    return [n // merged for n in patches]
+    return [n // merged for n in patches] if values[pixels].shape[0] == sum(patches) else None
 
 
 def _dimension_of_items(kind: str, arguments: Mapping[str, Any]) -> int:
     """Return the dimension that numbers the items: SmolVLM's come after a dimension for the prompts."""
     pixels = next(arguments[name] for name in _KINDS[kind] if name in arguments)
-    return 1 if pixels.ndim == 5 and pixels.shape[0] == 1 else 0
+    sizes = arguments.get("image_sizes")  # LLaVA-NeXT's one picture in several crops
+    return 1 if pixels.ndim == 5 and pixels.shape[0] == 1 and sizes is None else 0
 
 
 def _rows_of(kind: str, name: str, value: torch.Tensor, arguments: Mapping[str, Any], numbers: Sequence[int]) -> Any:
@@ -279,7 +328,7 @@ def _with_content_ids(
             for name in _KINDS[kind]:
                 if name in arguments:
                     value = arguments[name]
-                    whole = counts[kind] is None
+                    whole = counts[kind] is None or name in _WHOLE
                     _digest(digest, name, value if whole else _rows_of(kind, name, value, arguments, [number]))
         for name, value in types.items():
             _digest(digest, name, value[:, unit.start : unit.end])

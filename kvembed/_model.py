@@ -460,7 +460,7 @@ class CachedModel:
             media = read_media(self.hf_model.config, ids, prompt)
         except MediaError as error:
             raise PromptError(f"media that cannot be looked up: {error}") from None
-        return media.ids, media.judged(self._engine.wrapped.media_verdict)
+        return media.ids, media.judged(self._engine.wrapped.media_verdict(media))
 
     # --- the rest --------------------------------------------------------------------------------------
 

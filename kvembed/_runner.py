@@ -24,8 +24,8 @@ from kvembed._compiled import is_compiled
 from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
 from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
-from kvembed._media import Media, MediaError, has_media, read_media
-from kvembed._media_trial import try_media
+from kvembed._media import Media, MediaError, has_media
+from kvembed._media_trial import MediaVerdict, note_failure, tried_media
 from kvembed._plan import Plan
 from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
@@ -49,8 +49,17 @@ _WRONG_CHUNKS = (
     "prefill_chunk_size, with which transformers continues this model from zero: its text is not that of one go"
 )
 _STATEFUL_DRAFTS = "an assistant with a state, which cannot be rolled back to the tokens that were accepted"
+_NO_TOKENS = "token ids below zero or beyond 31 bits"  # kvembed's own ids for media are below zero
 _ATTEMPTS = 4  # the last one restores nothing
 _MOST_NEW_TOKENS = 1 << 16  # room is made for no more than this in advance
+
+
+class _MediaFailure(Exception):
+    """A forward failed that got the media of a suffix only, before any token: is that why?"""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 def _sequence_of(result: Any) -> TokenIds:
@@ -105,10 +114,12 @@ class Runner:
             return self._pass_through(request, refusal)
         prompt = input_ids_of(inputs, kwargs)
         assert prompt is not None
-        media = None
+        if not 0 <= int(prompt.min()) <= int(prompt.max()) < 1 << 31:
+            return self._pass_through(request, _NO_TOKENS)
+        media = failure = None
         if has_media(kwargs):
             try:
-                media = self._media_of(prompt, kwargs)
+                media = tried_media(self.engine.wrapped, prompt, kwargs)
             except MediaError as error:
                 return self._pass_through(request, str(error))
         streamer = kwargs.get("streamer")
@@ -121,27 +132,18 @@ class Runner:
                 if prompt.shape[0] > 1:
                     return self._generate_batch(request, prompt, cold=cold)
                 ids = media.ids if media is not None else as_token_ids(prompt[0].cpu().numpy())
-                return self._generate_once(request, ids, media, cold=cold)
+                result = self._generate_once(request, ids, media, cold=cold)
+                if failure is not None and media is not None:
+                    note_failure(self.engine.wrapped, media, failure)
+                return result
             except RestoreError as error:
                 self._store.discard(error.key, error.reason)
-                if streamer is not None:
-                    streamer.repeat()
+            except _MediaFailure as error:
+                assert media is not None
+                failure, media = error.cause, media.judged(MediaVerdict())  # once more, from the start
+            if streamer is not None:
+                streamer.repeat()
         raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
-
-    def _media_of(self, prompt: torch.Tensor, kwargs: dict[str, Any]) -> Media:
-        """Return a prompt's media, and what is known of them; finds out what is not."""
-        wrapped = self.engine.wrapped
-        if wrapped.stepwise:
-            raise MediaError("media, with a model that can go on only one token at a time")
-        media = read_media(self._model.config, as_token_ids(prompt[0].cpu().numpy()), kwargs)
-        known = wrapped.media_verdict
-        verdict = try_media(wrapped, known, prompt, media, kwargs)
-        if verdict != known:
-            wrapped.note_media(verdict)
-            wrapped.forget_media()
-        if verdict.follows is False:
-            raise MediaError("with media this model gives other text in two calls than in one")
-        return media.judged(verdict)
 
     def _generate_once(self, request: Request, ids: TokenIds, media: Media | None, *, cold: bool) -> tuple[Any, Usage]:
         engine = self.engine
@@ -178,6 +180,10 @@ class Runner:
         except RestoreError:
             attempt.sequence.ids = ids[:0]  # its rows were never filled: nothing of this cache may be kept
             raise
+        except Exception as error:
+            if media is None or not attempt.match.tokens or watch.last is not None:
+                raise
+            raise _MediaFailure(error) from error
         finally:
             with contextlib.suppress(StoreClosedError):
                 self._keep(attempt, watch, result)

@@ -18,6 +18,7 @@ from kvembed._oracle import OracleVerdict, run_oracle, static_refusal, trial_ids
 
 if TYPE_CHECKING:
     from kvembed._cachespec import CacheSpec
+    from kvembed._media import Media
     from kvembed._store import KVStore
 
 __all__ = ["WrappedModel"]
@@ -114,17 +115,22 @@ class WrappedModel:
                 self._store.set_note(digest, "oracle", vars(self.verdict))
         self.refusal = self.verdict.reason or adapter_refusal(self.model)
 
-    @property
-    def media_verdict(self) -> MediaVerdict:
-        """Return what is known of how the model treats media."""
-        noted = self._store.get_note(self.fingerprint.digest, "media") if self.fingerprint is not None else None
+    def media_verdict(self, media: Media) -> MediaVerdict:
+        """Return what is known of how the model treats such media."""
+        noted = self._media_notes.get(media.signature)
         known = {f.name for f in fields(MediaVerdict)}
         return MediaVerdict(**noted) if isinstance(noted, dict) and set(noted) == known else MediaVerdict()
 
-    def note_media(self, verdict: MediaVerdict) -> None:
+    def note_media(self, media: Media, verdict: MediaVerdict) -> None:
         """Remember what was found."""
         if self.fingerprint is not None:
-            self._store.set_note(self.fingerprint.digest, "media", verdict.as_note())
+            notes = {**self._media_notes, media.signature: verdict.as_note()}
+            self._store.set_note(self.fingerprint.digest, "media", notes)
+
+    @property
+    def _media_notes(self) -> dict[str, Any]:
+        noted = self._store.get_note(self.fingerprint.digest, "media") if self.fingerprint is not None else None
+        return noted if isinstance(noted, dict) else {}
 
     def forget_media(self) -> None:
         """Drop what an earlier call with pictures left on the modules.

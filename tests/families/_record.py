@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["PAGE", "FamilyResult", "ModeResult", "Record", "render"]
+__all__ = ["PAGE", "FamilyResult", "MediaResult", "ModeResult", "Record", "render"]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support-matrix.md"
 
@@ -49,6 +49,23 @@ class FamilyResult:
 
 
 @dataclass
+class MediaResult:
+    """One family that sees or hears.
+
+    Args:
+        name: transformers' model type, and a variant.
+        served: Whether calls with media were compared with plain transformers and agreed.
+        between: Whether a prompt may be taken up between two pictures too.
+        reason: Why such calls pass through.
+    """
+
+    name: str
+    served: bool = False
+    between: bool = False
+    reason: str = ""
+
+
+@dataclass
 class ModeResult:
     """One way of generating: for each kind of model ``"reused"`` or the reason why not."""
 
@@ -63,10 +80,15 @@ class Record:
     families: dict[str, FamilyResult] = field(default_factory=dict)
     modes: dict[str, ModeResult] = field(default_factory=dict)
     real_modes: dict[str, ModeResult] = field(default_factory=dict)
+    media: dict[str, MediaResult] = field(default_factory=dict)
 
     def family(self, name: str) -> FamilyResult:
         """Return the entry of a family, made when it is new."""
         return self.families.setdefault(name, FamilyResult(name))
+
+    def media_of(self, name: str) -> MediaResult:
+        """Return the entry of a family with media, made when it is new."""
+        return self.media.setdefault(name, MediaResult(name))
 
     def mode(self, name: str) -> ModeResult:
         """Return the entry of a mode, made when it is new."""
@@ -83,6 +105,13 @@ def family_row(result: FamilyResult) -> str:
         return f"| {result.name} | | refused | | | {result.reason} |"
     text, bits = ("yes" if ok else "NO" for ok in (result.text, result.bits))
     return f"| {result.name} | {result.layers} | {result.reuse} | {text} | {bits} | |"
+
+
+def media_row(result: MediaResult) -> str:
+    """Return one line of the table of media."""
+    if result.reason:
+        return f"| {result.name} | passes through | | {result.reason} |"
+    return f"| {result.name} | reused | {'yes' if result.between else 'no'} | |"
 
 
 def mode_row(result: ModeResult, kinds: list[str]) -> str:
@@ -112,6 +141,14 @@ def render(record: Record, transformers_version: str) -> str:
         "| family | cache layers | reuse | text | bits | why not |",
         "|---|---|---|---|---|---|",
         *(family_row(r) for r in sorted([*served, *refused], key=lambda r: r.name)),
+        "\n## Media\n",
+        "Prompts with two and three pictures (videos, sounds), compared with plain transformers from every tier and by",
+        "a second model on the same store: again, a next turn, a further picture, other pictures behind the same",
+        "placeholders. **Between**: whether a prompt is also taken up between two pictures; if not, it is before the",
+        "first or after the last of those that come again.\n",
+        "| family | media | between | why not |",
+        "|---|---|---|---|",
+        *(media_row(r) for r in sorted(record.media.values(), key=lambda r: r.name)),
         "\n## Ways of generating\n",
         "On a full-attention, a sliding-window and a linear hybrid family; *reused* was compared with plain",
         "transformers from every tier, with the same seed where tokens are sampled.\n",

@@ -18,7 +18,7 @@ from .zoo_shared import SHARED, Row, Sub
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "build"]
+__all__ = ["FAMILIES", "Family", "build", "configuration", "is_known"]
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,24 @@ _UNDECLARED = frozenset(
 """Options that configurations take without declaring them as fields."""
 
 
-def _config(row: Row) -> PreTrainedConfig:
+def configuration(row: Row) -> PreTrainedConfig:
     config = _tiny(row.model_type, row.options)
     if row.architecture:
         config.architectures = [row.architecture]
     return config
 
 
-def _is_known(model_type: str, options: dict[str, Any]) -> bool:
+def is_known(model_type: str, options: dict[str, Any]) -> bool:
     from transformers import CONFIG_MAPPING
 
     nested = [value for value in options.values() if isinstance(value, Sub)]
-    return model_type in CONFIG_MAPPING and all(_is_known(sub.model_type, sub.options) for sub in nested)
+    return model_type in CONFIG_MAPPING and all(is_known(sub.model_type, sub.options) for sub in nested)
 
 
 FAMILIES: dict[str, Family] = {
-    row.name: Family(row.name, partial(_config, row), row.note)
+    row.name: Family(row.name, partial(configuration, row), row.note)
     for row in ROWS
-    if _is_known(row.model_type, row.options)  # older versions lack some
+    if is_known(row.model_type, row.options)  # older versions lack some
 }
 
 

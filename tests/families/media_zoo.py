@@ -1,0 +1,689 @@
+"""Tiny random models that see or hear, and what their processors make of text with pictures, video or sound.
+
+`MEDIA` names the families the installed version has; `seeing` builds one, `prompt` makes inputs. Each stands for the
+way its family brings media: patches of all pictures in one long tensor with a grid, one row a picture, several tiles
+a picture, padded pictures with a mask or with sizes, rows of a picture with break tokens between them, frames of a
+video with timestamps between them, sound with a mask. The second picture has another size than the first where that
+is possible. Placeholders are ids of `zoo_shared.SHARED`'s vocabulary that no text has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from .zoo import configuration, is_known
+from .zoo_shared import Row, Sub, mix, row
+
+__all__ = ["AUDIO", "IMAGE", "MEDIA", "VIDEO", "Item", "MediaFamily", "arguments_of", "prompt", "seeing", "with_ids"]
+
+IMAGE, VIDEO, AUDIO, BEGIN, END, HEAR, HEARD, BREAK = 258, 259, 260, 261, 262, 263, 264, 265
+_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "audio_token_id": AUDIO,
+    "image_token_index": IMAGE,
+    "video_token_index": VIDEO,
+    "audio_token_index": AUDIO,
+    "vision_start_token_id": BEGIN,
+    "vision_end_token_id": END,
+    "image_start_token_id": BEGIN,
+    "image_end_token_id": END,
+    "video_start_token_id": BEGIN,
+    "video_end_token_id": END,
+    "boi_token_id": BEGIN,
+    "eoi_token_id": END,
+    "boa_token_id": HEAR,
+    "eoa_token_id": HEARD,
+    "boi_token_index": BEGIN,
+    "eoi_token_index": END,
+    "audio_start_token_id": HEAR,
+    "audio_end_token_id": HEARD,
+}
+
+Item = tuple[dict[str, torch.Tensor], list[int]]
+"""One picture: its arguments, and its tokens."""
+
+
+@dataclass(frozen=True)
+class MediaFamily:
+    """A family, and how it brings one kind of media.
+
+    Args:
+        name: transformers' model type, and a variant.
+        row: How the model is built.
+        item: Makes one picture from the model's config, its number in the prompt and a seed.
+        dim: The dimension along which several are put together.
+        types: Arguments that mark media tokens, with the number each placeholder gets.
+        whole: Arguments that depend on how many pictures there are, made from that number.
+        refused: Why calls pass through (a part of the reason); empty where they are served.
+    """
+
+    name: str
+    row: Row
+    item: Callable[[Any, int, int], Item]
+    dim: int = 0
+    types: dict[str, dict[int, int]] = field(default_factory=dict)
+    whole: Callable[[int], dict[str, torch.Tensor]] | None = None
+    refused: str = ""
+
+
+def _noise(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _text(n: int, seed: int) -> list[int]:
+    return torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+_GRIDS = [(1, 6, 8), (1, 4, 4), (1, 4, 6)]
+
+
+def _patches(vision: Any, grid: tuple[int, int, int], seed: int) -> torch.Tensor:
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
+    temporal = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
+    return _noise(seed, grid[0] * grid[1] * grid[2], channels * temporal * vision.patch_size**2)
+
+
+def _by_grid(config: Any, number: int, seed: int, *, merge: int = 2, flat: bool = True) -> Item:
+    grid = _GRIDS[number % 3]
+    pixels = _patches(config.vision_config, grid, seed)
+    if not flat:
+        patch = config.vision_config.patch_size
+        pixels = pixels.reshape(len(pixels), -1, patch, patch)
+    tokens = [BEGIN, *[IMAGE] * (len(pixels) // merge**2), END]
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}, tokens
+
+
+def _video(config: Any, number: int, seed: int, *, stamps: bool = False, seconds: str = "") -> Item:
+    grid = (2, 4, 4) if number % 2 == 0 else (2, 4, 6)
+    frame = grid[1] * grid[2] // 4
+    tokens = [BEGIN, *[VIDEO] * (2 * frame), END]
+    if stamps:  # Qwen3-VL writes the time before each frame
+        tokens = [token for i in range(2) for token in (40 + i, BEGIN, *[VIDEO] * frame, END)]
+    arguments = {"pixel_values_videos": _patches(config.vision_config, grid, seed)}
+    arguments["video_grid_thw"] = torch.tensor([grid])
+    if seconds:
+        arguments[seconds] = torch.tensor([0.5 + number])
+    return arguments, tokens
+
+
+def _picture(
+    config: Any, number: int, seed: int, *, size: int, tokens: int, tiles: int = 1, name: str = "pixel_values"
+) -> Item:
+    """One row a picture, or one a tile, all tokens in one piece."""
+    return {name: _noise(seed, tiles, 3, size, size)}, [BEGIN, *[IMAGE] * (tokens * tiles), END]
+
+
+def _tiles(config: Any, number: int, seed: int, *, size: int, tokens: int) -> Item:
+    """Tiles with a token before each; the second picture has one more."""
+    tiles = 2 + number % 2
+    parts = [token for i in range(tiles) for token in (BREAK + i, *[IMAGE] * tokens)]
+    return {"pixel_values": _noise(seed, tiles, 3, size, size)}, [BEGIN, *parts, END]
+
+
+def _joined_tiles(config: Any, number: int, seed: int, *, size: int, tokens: int) -> Item:
+    """Tiles without anything between; the second picture has one more."""
+    return _picture(config, number, seed, size=size, tokens=tokens, tiles=1 + number % 2)
+
+
+def _padded(config: Any, number: int, seed: int, *, size: int, tokens: int, masked: bool = True) -> Item:
+    """Idefics: a dimension for the prompts, a mask of the pixels, tiles with a token before each."""
+    tiles = 1 + number % 2
+    pixels = _noise(seed, 1, tiles, 3, size, size)
+    mask = torch.ones(1, tiles, size, size, dtype=torch.long)
+    parts = [token for i in range(tiles) for token in (BREAK + i, *[IMAGE] * tokens)]
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}, [BEGIN, *parts, END]
+
+
+def _anyres(config: Any, number: int, seed: int, *, side: int, patch: int, extra: int, single: bool = False) -> Item:
+    """LLaVA-NeXT: the whole picture and crops of it; a newline after each row, as one piece of tokens."""
+    grid = side // patch
+    crops = 1 if single else 2
+    height, width = side, side * crops
+    tokens = grid * grid + (1 if single else grid * (grid * crops + 1)) - (0 if single else extra)
+    pixels = _noise(seed, 1, 1 if single else 1 + crops, 3, side, side)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}, [IMAGE] * tokens
+
+
+def _rows(config: Any, number: int, seed: int, *, step: int = 16, largest: tuple[int, int] = (48, 64)) -> Item:
+    """Pixtral: padded pictures with their sizes, a break token after each row of patches."""
+    height, width = [(48, 64), (32, 32), (32, 64)][number % 3]
+    pixels = torch.zeros(1, 3, *largest)
+    pixels[:, :, :height, :width] = _noise(seed, 1, 3, height, width)
+    line = [*[IMAGE] * (width // step), BREAK]
+    tokens = line * (height // step)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}, [*tokens[:-1], END]
+
+
+def _naflex(config: Any, number: int, seed: int) -> Item:
+    """LFM2-VL: patches padded to a common number, with a mask and the shape."""
+    height, width = [(4, 4), (2, 8), (4, 4)][number % 3]
+    n = height * width
+    pixels = torch.zeros(1, 16, 3 * config.vision_config.patch_size**2)
+    pixels[:, :n] = _noise(seed, 1, n, pixels.shape[-1])
+    mask = torch.zeros(1, 16, dtype=torch.long)
+    mask[:, :n] = 1
+    found = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[height, width]])}
+    return found, [BEGIN, *[IMAGE] * (n // 4), END]
+
+
+def _gemma4(config: Any, number: int, seed: int) -> Item:
+    """Gemma 4: patches padded to a common number, with the place of each."""
+    height, width = [(4, 6), (4, 4), (2, 8)][number % 3]
+    n, most = height * width, 24
+    pixels = torch.zeros(1, most, 3 * config.vision_config.patch_size**2)
+    pixels[:, :n] = torch.rand(1, n, pixels.shape[-1], generator=torch.Generator().manual_seed(seed))
+    places = torch.full((1, most, 2), -1)
+    places[0, :n] = torch.tensor([(x, y) for y in range(height) for x in range(width)])
+    return {"pixel_values": pixels, "image_position_ids": places}, [BEGIN, *[IMAGE] * (n // 4), END]
+
+
+def _frames(config: Any, number: int, seed: int, *, size: int, tokens: int) -> Item:
+    """A video of four frames, whose tokens are one piece."""
+    return {"pixel_values_videos": _noise(seed, 1, 4, 3, size, size)}, [VIDEO] * tokens
+
+
+# ------------------------------------------------------------------------------------- sound
+
+
+def _sound(
+    config: Any,
+    number: int,
+    seed: int,
+    *,
+    bins: int,
+    frames: int,
+    tokens: int,
+    mask: str = "",
+    last: bool = False,
+    kind: type = int,
+) -> Item:
+    """Frames of a spectrogram, all of them real."""
+    shape = (1, frames, bins) if last else (1, bins, frames)
+    arguments = {"input_features": _noise(seed, *shape)}
+    if mask:
+        arguments[mask] = torch.ones(1, frames, dtype=torch.bool if kind is bool else torch.long)
+    return arguments, [HEAR, *[AUDIO] * tokens, HEARD]
+
+
+# ------------------------------------------------------------------------------------- families
+
+_MROPE_HALF = {  # half of each head is rotated
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 0.5,
+    }
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_SIGLIP = Sub("siglip_vision_model", {"image_size": 28, "patch_size": 14})
+_CLIP = Sub("clip_vision_model", {"image_size": 28, "patch_size": 14, "projection_dim": 32})
+_QWEN_VISION = {"depth": 1, "out_hidden_size": 64, "patch_size": 4}
+_MM = {"mm_token_type_ids": {IMAGE: 1, VIDEO: 2, AUDIO: 3}}
+_LLAMA = Sub("llama")
+
+
+def _qwen(name: str, model: str, text: Sub, vision: Sub, **options: Any) -> Row:
+    return row(name.split("-")[0], model=model, text_config=text, vision_config=vision, **options)
+
+
+def _families() -> list[MediaFamily]:
+    qwen25 = _qwen(
+        "qwen2_5_vl",
+        "Qwen2_5_VLForConditionalGeneration",
+        Sub("qwen2_5_vl_text", _MROPE),
+        Sub("qwen2_5_vl_vision", _QWEN_VISION),
+    )
+    qwen3_vision = {**_QWEN_VISION, "num_position_embeddings": 16}
+    qwen3 = _qwen(
+        "qwen3_vl",
+        "Qwen3VLForConditionalGeneration",
+        Sub("qwen3_vl_text"),
+        Sub("qwen3_vl_vision", {**qwen3_vision, "deepstack_visual_indexes": [0]}),
+    )
+    gemma4 = row(
+        "gemma4",
+        model="Gemma4ForConditionalGeneration",
+        text_config=Sub("gemma4_text", {**mix("sfsf"), "vocab_size_per_layer_input": 272}),
+        vision_config=Sub("gemma4_vision", {"pooling_kernel_size": 2, "patch_size": 4, "position_embedding_size": 32}),
+        audio_config=Sub("gemma4_audio", {"subsampling_conv_channels": [128, 8], "output_proj_dims": 64}),
+    )
+    onevision = row(
+        "llava_onevision",
+        model="LlavaOnevisionForConditionalGeneration",
+        text_config=_LLAMA,
+        vision_config=_SIGLIP,
+        image_grid_pinpoints=[[28, 28], [28, 56]],
+    )
+    omni = row(
+        "qwen2_5_omni_thinker",
+        model="Qwen2_5OmniThinkerForConditionalGeneration",
+        text_config=Sub("qwen2_5_omni_text", _MROPE),
+        vision_config=Sub("qwen2_5_omni_vision_encoder", {**_QWEN_VISION, "fullatt_block_indexes": [0]}),
+        audio_config=Sub(
+            "qwen2_5_omni_audio_encoder",
+            {"num_mel_bins": 8, "output_dim": 64, "n_window": 10, "max_source_positions": 64},
+        ),
+    )
+    return [
+        MediaFamily(
+            "qwen2_vl",
+            _qwen(
+                "qwen2_vl",
+                "Qwen2VLForConditionalGeneration",
+                Sub("qwen2_vl_text", _MROPE),
+                Sub("qwen2_vl_vision", {"depth": 1, "embed_dim": 32, "hidden_size": 64, "patch_size": 4}),
+            ),
+            _by_grid,
+            types=_MM,
+        ),
+        MediaFamily("qwen2_5_vl", qwen25, _by_grid, types=_MM),
+        MediaFamily("qwen2_5_vl-video", qwen25, partial(_video, seconds="second_per_grid_ts"), types=_MM),
+        MediaFamily("qwen3_vl", qwen3, _by_grid, types=_MM),
+        MediaFamily("qwen3_vl-video", qwen3, partial(_video, stamps=True), types=_MM),
+        MediaFamily(
+            "qwen3_vl_moe",
+            _qwen(
+                "qwen3_vl_moe",
+                "Qwen3VLMoeForConditionalGeneration",
+                Sub("qwen3_vl_moe_text"),
+                Sub("qwen3_vl_moe_vision", {**qwen3_vision, "deepstack_visual_indexes": [0]}),
+            ),
+            _by_grid,
+            types=_MM,
+        ),
+        MediaFamily(
+            "qwen3_5",
+            _qwen(
+                "qwen3_5",
+                "Qwen3_5ForConditionalGeneration",
+                Sub("qwen3_5_text", mix("lf")),
+                Sub("qwen3_5_vision", qwen3_vision),
+            ),
+            _by_grid,
+            types=_MM,
+        ),
+        MediaFamily(
+            "glm4v",
+            _qwen(
+                "glm4v",
+                "Glm4vForConditionalGeneration",
+                Sub("glm4v_text", _MROPE),
+                Sub("glm4v_vision", {**_QWEN_VISION, "image_size": 32}),
+            ),
+            _by_grid,
+            types=_MM,
+        ),
+        MediaFamily(
+            "glm4v_moe",
+            _qwen(
+                "glm4v_moe",
+                "Glm4vMoeForConditionalGeneration",
+                Sub("glm4v_moe_text", _MROPE_HALF),
+                Sub("glm4v_moe_vision", {**_QWEN_VISION, "image_size": 32}),
+            ),
+            _by_grid,
+            types=_MM,
+        ),
+        MediaFamily(
+            "glm_ocr",
+            _qwen(
+                "glm_ocr",
+                "GlmOcrForConditionalGeneration",
+                Sub("glm_ocr_text", {**_MROPE_HALF}),
+                Sub("glm_ocr_vision", {**_QWEN_VISION, "image_size": 32}),
+            ),
+            _by_grid,
+            types=_MM,
+        ),
+        MediaFamily(
+            "gemma3",
+            row(
+                "gemma3",
+                model="Gemma3ForConditionalGeneration",
+                text_config=Sub("gemma3_text", mix("sfsf")),
+                vision_config=Sub("siglip_vision_model", {"image_size": 56, "patch_size": 14}),
+                mm_tokens_per_image=4,
+            ),
+            partial(_picture, size=56, tokens=4),
+            types={"token_type_ids": {IMAGE: 1}},
+        ),
+        MediaFamily("gemma4", gemma4, _gemma4, types=_MM),
+        MediaFamily(
+            "gemma4-audio",
+            gemma4,
+            partial(_sound, bins=128, frames=32, tokens=8, mask="input_features_mask", last=True, kind=bool),
+            types=_MM,
+        ),
+        MediaFamily(
+            "smolvlm",
+            row(
+                "smolvlm",
+                model="SmolVLMForConditionalGeneration",
+                text_config=_LLAMA,
+                vision_config=Sub("smolvlm_vision", {"image_size": 32, "patch_size": 8}),
+            ),
+            partial(_padded, size=32, tokens=4),
+            dim=1,
+        ),
+        MediaFamily(
+            "idefics3",
+            row(
+                "idefics3",
+                model="Idefics3ForConditionalGeneration",
+                text_config=_LLAMA,
+                vision_config=Sub("idefics3_vision", {"image_size": 32, "patch_size": 8}),
+            ),
+            partial(_padded, size=32, tokens=4),
+            dim=1,
+        ),
+        MediaFamily(
+            "idefics2",
+            row(
+                "idefics2",
+                model="Idefics2ForConditionalGeneration",
+                text_config=Sub("mistral"),
+                vision_config=Sub("idefics2_vision", {"image_size": 32, "patch_size": 8}),
+                perceiver_config=Sub(
+                    "idefics2_perceiver",
+                    {"resampler_n_latents": 6, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16},
+                ),
+            ),
+            partial(_padded, size=32, tokens=6),
+            dim=1,
+        ),
+        MediaFamily(
+            "llava",
+            row("llava", model="LlavaForConditionalGeneration", text_config=_LLAMA, vision_config=_CLIP),
+            partial(_picture, size=28, tokens=4),
+        ),
+        MediaFamily(
+            "vipllava",
+            row(
+                "vipllava",
+                model="VipLlavaForConditionalGeneration",
+                text_config=_LLAMA,
+                vision_config=_CLIP,
+                vision_feature_layer=[-1, -2],
+            ),
+            partial(_picture, size=28, tokens=4),
+        ),
+        MediaFamily(
+            "llava_next",
+            row(
+                "llava_next",
+                model="LlavaNextForConditionalGeneration",
+                text_config=_LLAMA,
+                vision_config=_CLIP,
+                image_grid_pinpoints=[[28, 28], [28, 56]],
+            ),
+            partial(_anyres, side=28, patch=14, extra=0),
+        ),
+        MediaFamily("llava_onevision", onevision, partial(_anyres, side=28, patch=14, extra=0)),
+        MediaFamily(
+            "llava_onevision-multi",
+            onevision,
+            partial(_anyres, side=28, patch=14, extra=0, single=True),
+            whole=lambda n: {"batch_num_images": torch.tensor([n])},
+        ),
+        MediaFamily("llava_onevision-video", onevision, partial(_frames, size=28, tokens=5)),
+        MediaFamily(
+            "internvl",
+            row(
+                "internvl",
+                model="InternVLForConditionalGeneration",
+                text_config=_LLAMA,
+                vision_config=Sub("internvl_vision", {"image_size": [32, 32], "patch_size": [8, 8]}),
+            ),
+            partial(_joined_tiles, size=32, tokens=4),
+        ),
+        MediaFamily(
+            "mistral3",
+            row(
+                "mistral3",
+                model="Mistral3ForConditionalGeneration",
+                text_config=Sub("mistral"),
+                vision_config=Sub("pixtral", {"patch_size": 8, "image_size": 64}),
+            ),
+            _rows,
+        ),
+        MediaFamily(
+            "llava-pixtral",
+            row(
+                "llava",
+                model="LlavaForConditionalGeneration",
+                text_config=Sub("mistral"),
+                vision_config=Sub("pixtral", {"patch_size": 16, "image_size": 64}),
+                vision_feature_select_strategy="full",
+                vision_feature_layer=-1,
+            ),
+            _rows,
+        ),
+        MediaFamily(
+            "lighton_ocr",
+            row(
+                "lighton_ocr",
+                model="LightOnOcrForConditionalGeneration",
+                text_config=Sub("qwen3"),
+                vision_config=Sub("pixtral", {"patch_size": 8, "image_size": 64}),
+            ),
+            _rows,
+        ),
+        MediaFamily(
+            "aya_vision",
+            row(
+                "aya_vision",
+                model="AyaVisionForConditionalGeneration",
+                text_config=Sub("cohere2", mix("sf")),
+                vision_config=Sub("siglip_vision_model", {"image_size": 56, "patch_size": 14}),
+            ),
+            partial(_tiles, size=56, tokens=4),
+        ),
+        MediaFamily(
+            "cohere2_vision",
+            row(
+                "cohere2_vision",
+                model="Cohere2VisionForConditionalGeneration",
+                text_config=Sub("cohere2", mix("sf")),
+                vision_config=Sub("siglip_vision_model", {"image_size": 56, "patch_size": 14}),
+                alignment_intermediate_size=64,
+            ),
+            partial(_tiles, size=56, tokens=4),
+        ),
+        MediaFamily(
+            "lfm2_vl",
+            row(
+                "lfm2_vl",
+                model="Lfm2VlForConditionalGeneration",
+                text_config=Sub("lfm2", mix("vf")),
+                vision_config=Sub("siglip2_vision_model", {"patch_size": 8, "num_patches": 16}),
+                projector_hidden_size=32,
+            ),
+            _naflex,
+        ),
+        MediaFamily(
+            "deepseek_vl",
+            row(
+                "deepseek_vl",
+                model="DeepseekVLForConditionalGeneration",
+                text_config=_LLAMA,
+                vision_config=_SIGLIP,
+            ),
+            partial(_picture, size=28, tokens=4),
+        ),
+        MediaFamily(
+            "paligemma",
+            row(
+                "paligemma",
+                model="PaliGemmaForConditionalGeneration",
+                text_config=Sub("gemma"),
+                vision_config=_SIGLIP,
+                projection_dim=64,
+                hidden_size=64,
+            ),
+            partial(_picture, size=28, tokens=4),
+            types={"token_type_ids": {}},
+            refused="other logits than one forward",
+        ),
+        MediaFamily(
+            "llama4",
+            row(
+                "llama4",
+                model="Llama4ForConditionalGeneration",
+                text_config=Sub("llama4_text", {**mix("cf"), "attention_chunk_size": 24, "intermediate_size_mlp": 96}),
+                vision_config=Sub(
+                    "llama4_vision_model",
+                    {
+                        "image_size": 56,
+                        "patch_size": 14,
+                        "vision_output_dim": 64,
+                        "projector_input_dim": 64,
+                        "projector_output_dim": 64,
+                        "intermediate_size": 256,
+                    },
+                ),
+            ),
+            partial(_tiles, size=56, tokens=4),
+        ),
+        MediaFamily("qwen2_5_omni_thinker", omni, _by_grid),
+        MediaFamily(
+            "qwen2_5_omni_thinker-audio",
+            omni,
+            partial(_sound, bins=8, frames=40, tokens=10, mask="feature_attention_mask"),
+        ),
+        MediaFamily(
+            "qwen2_audio",
+            row(
+                "qwen2_audio",
+                model="Qwen2AudioForConditionalGeneration",
+                text_config=Sub("qwen2"),
+                audio_config=Sub("qwen2_audio_encoder", {"num_mel_bins": 8, "max_source_positions": 20}),
+            ),
+            partial(_sound, bins=8, frames=40, tokens=10, mask="feature_attention_mask"),
+        ),
+        MediaFamily(
+            "voxtral",
+            row(
+                "voxtral",
+                model="VoxtralForConditionalGeneration",
+                text_config=_LLAMA,
+                audio_config=Sub(
+                    "voxtral_encoder", {"num_mel_bins": 8, "max_source_positions": 32, "intermediate_size": 256}
+                ),
+                audio_token_id=AUDIO,
+            ),
+            partial(_sound, bins=8, frames=64, tokens=8),
+        ),
+        MediaFamily(
+            "audioflamingo3",
+            row(
+                "audioflamingo3",
+                model="AudioFlamingo3ForConditionalGeneration",
+                text_config=Sub("qwen2"),
+                audio_config=Sub("audioflamingo3_encoder", {"num_mel_bins": 8, "max_source_positions": 20}),
+            ),
+            partial(_sound, bins=8, frames=40, tokens=10, mask="input_features_mask"),
+        ),
+        MediaFamily(
+            "glmasr",
+            row(
+                "glmasr",
+                model="GlmAsrForConditionalGeneration",
+                text_config=_LLAMA,
+                audio_config=Sub(
+                    "glmasr_encoder", {"num_mel_bins": 8, "max_position_embeddings": 64, "intermediate_size": 256}
+                ),
+            ),
+            partial(_sound, bins=8, frames=64, tokens=8, mask="input_features_mask"),
+        ),
+        MediaFamily(
+            "granite_speech",
+            row(
+                "granite_speech",
+                model="GraniteSpeechForConditionalGeneration",
+                text_config=Sub("granite"),
+                encoder_config=Sub(
+                    "granite_speech_encoder",
+                    {"input_dim": 16, "hidden_dim": 32, "num_heads": 4, "context_size": 15, "max_pos_emb": 16},
+                ),
+                projector_config=Sub("blip_2_qformer", {"encoder_hidden_size": 32}),
+                has_lora_adapter=False,
+            ),
+            partial(_sound, bins=16, frames=60, tokens=12, last=True),
+        ),
+    ]
+
+
+MEDIA: dict[str, MediaFamily] = {
+    family.name: family for family in _families() if is_known(family.row.model_type, family.row.options)
+}
+
+
+def seeing(name: str, seed: int = 0) -> Any:
+    """Builds a family's tiny model, the same for equal arguments, with placeholders in its vocabulary."""
+    import transformers
+
+    found = MEDIA[name].row
+    config: Any = configuration(found)
+    for token, number in _TOKENS.items():
+        # Qwen2.5-Omni's thinker has the last two in its checkpoints only.
+        if getattr(config, token, None) is not None or token.startswith("vision_"):
+            setattr(config, token, number)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, found.architecture)(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not bool(parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.2)  # Gemma 3's projection: no picture would be felt
+    model.generation_config.eos_token_id = None
+    # A reply with a placeholder in it could not be the start of another turn.
+    model.generation_config.suppress_tokens = list(range(IMAGE, BREAK + 3))
+    return model
+
+
+def prompt(
+    name: str, config: Any, pictures: list[int], *, before: int = 20, after: int = 12, between: int = 7
+) -> dict[str, torch.Tensor]:
+    """Returns what a processor makes of text with a picture for each of these seeds.
+
+    Args:
+        name: The family.
+        config: Its model's.
+        pictures: Seeds.
+        before: Tokens of text before the first picture.
+        after: Tokens of text after the last one, besides ``between``.
+        between: Tokens of text after each.
+    """
+    family = MEDIA[name]
+    ids = _text(before, 1)
+    for number, seed in enumerate(pictures):
+        ids += [*family.item(config, number, seed)[1], *_text(between, 10 + number)]
+    ids += _text(after, 2)
+    return with_ids(name, torch.tensor([ids]), arguments_of(name, config, pictures))
+
+
+def arguments_of(name: str, config: Any, pictures: list[int]) -> dict[str, torch.Tensor]:
+    """Returns the arguments that carry these pictures."""
+    family = MEDIA[name]
+    items = [family.item(config, number, seed)[0] for number, seed in enumerate(pictures)]
+    found = {key: torch.cat([item[key] for item in items], dim=family.dim) for key in (items[0] if items else ())}
+    return {**found, **(family.whole(len(items)) if family.whole and items else {})}
+
+
+def with_ids(name: str, ids: torch.Tensor, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the arguments of ``generate()`` for these ids and pictures."""
+    types = {}
+    for key, numbers in MEDIA[name].types.items():
+        marks = torch.zeros_like(ids)
+        for token, number in numbers.items():
+            marks[ids == token] = number
+        types[key] = marks
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types, **arguments}
