@@ -16,37 +16,31 @@ from typing import Any
 
 import torch
 
+from .media_items import (
+    AUDIO,
+    BREAK,
+    IMAGE,
+    TOKENS,
+    VIDEO,
+    Item,
+    anyres,
+    by_grid,
+    frames,
+    gemma4,
+    joined_tiles,
+    naflex,
+    padded,
+    picture,
+    rows,
+    sound,
+    text,
+    tiles,
+    video,
+)
 from .zoo import configuration, is_known
 from .zoo_shared import Row, Sub, mix, row
 
 __all__ = ["AUDIO", "IMAGE", "MEDIA", "VIDEO", "Item", "MediaFamily", "arguments_of", "prompt", "seeing", "with_ids"]
-
-IMAGE, VIDEO, AUDIO, BEGIN, END, HEAR, HEARD, BREAK = 258, 259, 260, 261, 262, 263, 264, 265
-_TOKENS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "audio_token_id": AUDIO,
-    "image_token_index": IMAGE,
-    "video_token_index": VIDEO,
-    "audio_token_index": AUDIO,
-    "vision_start_token_id": BEGIN,
-    "vision_end_token_id": END,
-    "image_start_token_id": BEGIN,
-    "image_end_token_id": END,
-    "video_start_token_id": BEGIN,
-    "video_end_token_id": END,
-    "boi_token_id": BEGIN,
-    "eoi_token_id": END,
-    "boa_token_id": HEAR,
-    "eoa_token_id": HEARD,
-    "boi_token_index": BEGIN,
-    "eoi_token_index": END,
-    "audio_start_token_id": HEAR,
-    "audio_end_token_id": HEARD,
-}
-
-Item = tuple[dict[str, torch.Tensor], list[int]]
-"""One picture: its arguments, and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,147 +64,6 @@ class MediaFamily:
     types: dict[str, dict[int, int]] = field(default_factory=dict)
     whole: Callable[[int], dict[str, torch.Tensor]] | None = None
     refused: str = ""
-
-
-def _noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _text(n: int, seed: int) -> list[int]:
-    return torch.randint(0, 250, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-# ------------------------------------------------------------------------------------- pictures
-
-_GRIDS = [(1, 6, 8), (1, 4, 4), (1, 4, 6)]
-
-
-def _patches(vision: Any, grid: tuple[int, int, int], seed: int) -> torch.Tensor:
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
-    temporal = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", None) or 1
-    return _noise(seed, grid[0] * grid[1] * grid[2], channels * temporal * vision.patch_size**2)
-
-
-def _by_grid(config: Any, number: int, seed: int, *, merge: int = 2, flat: bool = True) -> Item:
-    grid = _GRIDS[number % 3]
-    pixels = _patches(config.vision_config, grid, seed)
-    if not flat:
-        patch = config.vision_config.patch_size
-        pixels = pixels.reshape(len(pixels), -1, patch, patch)
-    tokens = [BEGIN, *[IMAGE] * (len(pixels) // merge**2), END]
-    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}, tokens
-
-
-def _video(config: Any, number: int, seed: int, *, stamps: bool = False, seconds: str = "") -> Item:
-    grid = (2, 4, 4) if number % 2 == 0 else (2, 4, 6)
-    frame = grid[1] * grid[2] // 4
-    tokens = [BEGIN, *[VIDEO] * (2 * frame), END]
-    if stamps:  # Qwen3-VL writes the time before each frame
-        tokens = [token for i in range(2) for token in (40 + i, BEGIN, *[VIDEO] * frame, END)]
-    arguments = {"pixel_values_videos": _patches(config.vision_config, grid, seed)}
-    arguments["video_grid_thw"] = torch.tensor([grid])
-    if seconds:
-        arguments[seconds] = torch.tensor([0.5 + number])
-    return arguments, tokens
-
-
-def _picture(
-    config: Any, number: int, seed: int, *, size: int, tokens: int, tiles: int = 1, name: str = "pixel_values"
-) -> Item:
-    """One row a picture, or one a tile, all tokens in one piece."""
-    return {name: _noise(seed, tiles, 3, size, size)}, [BEGIN, *[IMAGE] * (tokens * tiles), END]
-
-
-def _tiles(config: Any, number: int, seed: int, *, size: int, tokens: int) -> Item:
-    """Tiles with a token before each; the second picture has one more."""
-    tiles = 2 + number % 2
-    parts = [token for i in range(tiles) for token in (BREAK + i, *[IMAGE] * tokens)]
-    return {"pixel_values": _noise(seed, tiles, 3, size, size)}, [BEGIN, *parts, END]
-
-
-def _joined_tiles(config: Any, number: int, seed: int, *, size: int, tokens: int) -> Item:
-    """Tiles without anything between; the second picture has one more."""
-    return _picture(config, number, seed, size=size, tokens=tokens, tiles=1 + number % 2)
-
-
-def _padded(config: Any, number: int, seed: int, *, size: int, tokens: int, masked: bool = True) -> Item:
-    """Idefics: a dimension for the prompts, a mask of the pixels, tiles with a token before each."""
-    tiles = 1 + number % 2
-    pixels = _noise(seed, 1, tiles, 3, size, size)
-    mask = torch.ones(1, tiles, size, size, dtype=torch.long)
-    parts = [token for i in range(tiles) for token in (BREAK + i, *[IMAGE] * tokens)]
-    return {"pixel_values": pixels, "pixel_attention_mask": mask}, [BEGIN, *parts, END]
-
-
-def _anyres(config: Any, number: int, seed: int, *, side: int, patch: int, extra: int, single: bool = False) -> Item:
-    """LLaVA-NeXT: the whole picture and crops of it; a newline after each row, as one piece of tokens."""
-    grid = side // patch
-    crops = 1 if single else 2
-    height, width = side, side * crops
-    tokens = grid * grid + (1 if single else grid * (grid * crops + 1)) - (0 if single else extra)
-    pixels = _noise(seed, 1, 1 if single else 1 + crops, 3, side, side)
-    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}, [IMAGE] * tokens
-
-
-def _rows(config: Any, number: int, seed: int, *, step: int = 16, largest: tuple[int, int] = (48, 64)) -> Item:
-    """Pixtral: padded pictures with their sizes, a break token after each row of patches."""
-    height, width = [(48, 64), (32, 32), (32, 64)][number % 3]
-    pixels = torch.zeros(1, 3, *largest)
-    pixels[:, :, :height, :width] = _noise(seed, 1, 3, height, width)
-    line = [*[IMAGE] * (width // step), BREAK]
-    tokens = line * (height // step)
-    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}, [*tokens[:-1], END]
-
-
-def _naflex(config: Any, number: int, seed: int) -> Item:
-    """LFM2-VL: patches padded to a common number, with a mask and the shape."""
-    height, width = [(4, 4), (2, 8), (4, 4)][number % 3]
-    n = height * width
-    pixels = torch.zeros(1, 16, 3 * config.vision_config.patch_size**2)
-    pixels[:, :n] = _noise(seed, 1, n, pixels.shape[-1])
-    mask = torch.zeros(1, 16, dtype=torch.long)
-    mask[:, :n] = 1
-    found = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": torch.tensor([[height, width]])}
-    return found, [BEGIN, *[IMAGE] * (n // 4), END]
-
-
-def _gemma4(config: Any, number: int, seed: int) -> Item:
-    """Gemma 4: patches padded to a common number, with the place of each."""
-    height, width = [(4, 6), (4, 4), (2, 8)][number % 3]
-    n, most = height * width, 24
-    pixels = torch.zeros(1, most, 3 * config.vision_config.patch_size**2)
-    pixels[:, :n] = torch.rand(1, n, pixels.shape[-1], generator=torch.Generator().manual_seed(seed))
-    places = torch.full((1, most, 2), -1)
-    places[0, :n] = torch.tensor([(x, y) for y in range(height) for x in range(width)])
-    return {"pixel_values": pixels, "image_position_ids": places}, [BEGIN, *[IMAGE] * (n // 4), END]
-
-
-def _frames(config: Any, number: int, seed: int, *, size: int, tokens: int) -> Item:
-    """A video of four frames, whose tokens are one piece."""
-    return {"pixel_values_videos": _noise(seed, 1, 4, 3, size, size)}, [VIDEO] * tokens
-
-
-# ------------------------------------------------------------------------------------- sound
-
-
-def _sound(
-    config: Any,
-    number: int,
-    seed: int,
-    *,
-    bins: int,
-    frames: int,
-    tokens: int,
-    mask: str = "",
-    last: bool = False,
-    kind: type = int,
-) -> Item:
-    """Frames of a spectrogram, all of them real."""
-    shape = (1, frames, bins) if last else (1, bins, frames)
-    arguments = {"input_features": _noise(seed, *shape)}
-    if mask:
-        arguments[mask] = torch.ones(1, frames, dtype=torch.bool if kind is bool else torch.long)
-    return arguments, [HEAR, *[AUDIO] * tokens, HEARD]
 
 
 # ------------------------------------------------------------------------------------- families
@@ -249,7 +102,7 @@ def _families() -> list[MediaFamily]:
         Sub("qwen3_vl_text"),
         Sub("qwen3_vl_vision", {**qwen3_vision, "deepstack_visual_indexes": [0]}),
     )
-    gemma4 = row(
+    gemma4_row = row(
         "gemma4",
         model="Gemma4ForConditionalGeneration",
         text_config=Sub("gemma4_text", {**mix("sfsf"), "vocab_size_per_layer_input": 272}),
@@ -282,13 +135,13 @@ def _families() -> list[MediaFamily]:
                 Sub("qwen2_vl_text", _MROPE),
                 Sub("qwen2_vl_vision", {"depth": 1, "embed_dim": 32, "hidden_size": 64, "patch_size": 4}),
             ),
-            _by_grid,
+            by_grid,
             types=_MM,
         ),
-        MediaFamily("qwen2_5_vl", qwen25, _by_grid, types=_MM),
-        MediaFamily("qwen2_5_vl-video", qwen25, partial(_video, seconds="second_per_grid_ts"), types=_MM),
-        MediaFamily("qwen3_vl", qwen3, _by_grid, types=_MM),
-        MediaFamily("qwen3_vl-video", qwen3, partial(_video, stamps=True), types=_MM),
+        MediaFamily("qwen2_5_vl", qwen25, by_grid, types=_MM),
+        MediaFamily("qwen2_5_vl-video", qwen25, partial(video, seconds="second_per_grid_ts"), types=_MM),
+        MediaFamily("qwen3_vl", qwen3, by_grid, types=_MM),
+        MediaFamily("qwen3_vl-video", qwen3, partial(video, stamps=True), types=_MM),
         MediaFamily(
             "qwen3_vl_moe",
             _qwen(
@@ -297,7 +150,7 @@ def _families() -> list[MediaFamily]:
                 Sub("qwen3_vl_moe_text"),
                 Sub("qwen3_vl_moe_vision", {**qwen3_vision, "deepstack_visual_indexes": [0]}),
             ),
-            _by_grid,
+            by_grid,
             types=_MM,
         ),
         MediaFamily(
@@ -308,7 +161,7 @@ def _families() -> list[MediaFamily]:
                 Sub("qwen3_5_text", mix("lf")),
                 Sub("qwen3_5_vision", qwen3_vision),
             ),
-            _by_grid,
+            by_grid,
             types=_MM,
         ),
         MediaFamily(
@@ -319,7 +172,7 @@ def _families() -> list[MediaFamily]:
                 Sub("glm4v_text", _MROPE),
                 Sub("glm4v_vision", {**_QWEN_VISION, "image_size": 32}),
             ),
-            _by_grid,
+            by_grid,
             types=_MM,
         ),
         MediaFamily(
@@ -330,7 +183,7 @@ def _families() -> list[MediaFamily]:
                 Sub("glm4v_moe_text", _MROPE_HALF),
                 Sub("glm4v_moe_vision", {**_QWEN_VISION, "image_size": 32}),
             ),
-            _by_grid,
+            by_grid,
             types=_MM,
         ),
         MediaFamily(
@@ -341,7 +194,7 @@ def _families() -> list[MediaFamily]:
                 Sub("glm_ocr_text", {**_MROPE_HALF}),
                 Sub("glm_ocr_vision", {**_QWEN_VISION, "image_size": 32}),
             ),
-            _by_grid,
+            by_grid,
             types=_MM,
         ),
         MediaFamily(
@@ -353,14 +206,14 @@ def _families() -> list[MediaFamily]:
                 vision_config=Sub("siglip_vision_model", {"image_size": 56, "patch_size": 14}),
                 mm_tokens_per_image=4,
             ),
-            partial(_picture, size=56, tokens=4),
+            partial(picture, size=56, tokens=4),
             types={"token_type_ids": {IMAGE: 1}},
         ),
-        MediaFamily("gemma4", gemma4, _gemma4, types=_MM),
+        MediaFamily("gemma4", gemma4_row, gemma4, types=_MM),
         MediaFamily(
             "gemma4-audio",
-            gemma4,
-            partial(_sound, bins=128, frames=32, tokens=8, mask="input_features_mask", last=True, kind=bool),
+            gemma4_row,
+            partial(sound, bins=128, frames=32, tokens=8, mask="input_features_mask", last=True, kind=bool),
             types=_MM,
         ),
         MediaFamily(
@@ -371,7 +224,7 @@ def _families() -> list[MediaFamily]:
                 text_config=_LLAMA,
                 vision_config=Sub("smolvlm_vision", {"image_size": 32, "patch_size": 8}),
             ),
-            partial(_padded, size=32, tokens=4),
+            partial(padded, size=32, tokens=4),
             dim=1,
         ),
         MediaFamily(
@@ -382,7 +235,7 @@ def _families() -> list[MediaFamily]:
                 text_config=_LLAMA,
                 vision_config=Sub("idefics3_vision", {"image_size": 32, "patch_size": 8}),
             ),
-            partial(_padded, size=32, tokens=4),
+            partial(padded, size=32, tokens=4),
             dim=1,
         ),
         MediaFamily(
@@ -397,13 +250,13 @@ def _families() -> list[MediaFamily]:
                     {"resampler_n_latents": 6, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16},
                 ),
             ),
-            partial(_padded, size=32, tokens=6),
+            partial(padded, size=32, tokens=6),
             dim=1,
         ),
         MediaFamily(
             "llava",
             row("llava", model="LlavaForConditionalGeneration", text_config=_LLAMA, vision_config=_CLIP),
-            partial(_picture, size=28, tokens=4),
+            partial(picture, size=28, tokens=4),
         ),
         MediaFamily(
             "vipllava",
@@ -414,7 +267,7 @@ def _families() -> list[MediaFamily]:
                 vision_config=_CLIP,
                 vision_feature_layer=[-1, -2],
             ),
-            partial(_picture, size=28, tokens=4),
+            partial(picture, size=28, tokens=4),
         ),
         MediaFamily(
             "llava_next",
@@ -425,16 +278,16 @@ def _families() -> list[MediaFamily]:
                 vision_config=_CLIP,
                 image_grid_pinpoints=[[28, 28], [28, 56]],
             ),
-            partial(_anyres, side=28, patch=14, extra=0),
+            partial(anyres, side=28, patch=14, extra=0),
         ),
-        MediaFamily("llava_onevision", onevision, partial(_anyres, side=28, patch=14, extra=0)),
+        MediaFamily("llava_onevision", onevision, partial(anyres, side=28, patch=14, extra=0)),
         MediaFamily(
             "llava_onevision-multi",
             onevision,
-            partial(_anyres, side=28, patch=14, extra=0, single=True),
+            partial(anyres, side=28, patch=14, extra=0, single=True),
             whole=lambda n: {"batch_num_images": torch.tensor([n])},
         ),
-        MediaFamily("llava_onevision-video", onevision, partial(_frames, size=28, tokens=5)),
+        MediaFamily("llava_onevision-video", onevision, partial(frames, size=28, tokens=5)),
         MediaFamily(
             "internvl",
             row(
@@ -443,7 +296,7 @@ def _families() -> list[MediaFamily]:
                 text_config=_LLAMA,
                 vision_config=Sub("internvl_vision", {"image_size": [32, 32], "patch_size": [8, 8]}),
             ),
-            partial(_joined_tiles, size=32, tokens=4),
+            partial(joined_tiles, size=32, tokens=4),
         ),
         MediaFamily(
             "mistral3",
@@ -453,7 +306,7 @@ def _families() -> list[MediaFamily]:
                 text_config=Sub("mistral"),
                 vision_config=Sub("pixtral", {"patch_size": 8, "image_size": 64}),
             ),
-            _rows,
+            rows,
         ),
         MediaFamily(
             "llava-pixtral",
@@ -465,7 +318,7 @@ def _families() -> list[MediaFamily]:
                 vision_feature_select_strategy="full",
                 vision_feature_layer=-1,
             ),
-            _rows,
+            rows,
         ),
         MediaFamily(
             "lighton_ocr",
@@ -475,7 +328,7 @@ def _families() -> list[MediaFamily]:
                 text_config=Sub("qwen3"),
                 vision_config=Sub("pixtral", {"patch_size": 8, "image_size": 64}),
             ),
-            _rows,
+            rows,
         ),
         MediaFamily(
             "aya_vision",
@@ -485,7 +338,7 @@ def _families() -> list[MediaFamily]:
                 text_config=Sub("cohere2", mix("sf")),
                 vision_config=Sub("siglip_vision_model", {"image_size": 56, "patch_size": 14}),
             ),
-            partial(_tiles, size=56, tokens=4),
+            partial(tiles, size=56, tokens=4),
         ),
         MediaFamily(
             "cohere2_vision",
@@ -496,7 +349,7 @@ def _families() -> list[MediaFamily]:
                 vision_config=Sub("siglip_vision_model", {"image_size": 56, "patch_size": 14}),
                 alignment_intermediate_size=64,
             ),
-            partial(_tiles, size=56, tokens=4),
+            partial(tiles, size=56, tokens=4),
         ),
         MediaFamily(
             "lfm2_vl",
@@ -507,7 +360,7 @@ def _families() -> list[MediaFamily]:
                 vision_config=Sub("siglip2_vision_model", {"patch_size": 8, "num_patches": 16}),
                 projector_hidden_size=32,
             ),
-            _naflex,
+            naflex,
         ),
         MediaFamily(
             "deepseek_vl",
@@ -517,7 +370,145 @@ def _families() -> list[MediaFamily]:
                 text_config=_LLAMA,
                 vision_config=_SIGLIP,
             ),
-            partial(_picture, size=28, tokens=4),
+            partial(picture, size=28, tokens=4),
+        ),
+        MediaFamily(
+            "qwen3_5_moe",
+            _qwen(
+                "qwen3_5_moe",
+                "Qwen3_5MoeForConditionalGeneration",
+                Sub("qwen3_5_moe_text", mix("lf")),
+                Sub("qwen3_5_moe_vision", qwen3_vision),
+            ),
+            by_grid,
+            types=_MM,
+        ),
+        MediaFamily(
+            "exaone4_5",
+            _qwen(
+                "exaone4_5",
+                "Exaone4_5_ForConditionalGeneration",
+                Sub("exaone4", mix("sf")),
+                Sub("exaone4_5_vision", {**_QWEN_VISION, "fullatt_block_indexes": [0]}),
+            ),
+            by_grid,
+        ),
+        MediaFamily(
+            "paddleocr_vl",
+            _qwen(
+                "paddleocr_vl",
+                "PaddleOCRVLForConditionalGeneration",
+                Sub("paddleocr_vl_text", _MROPE),
+                Sub("paddleocr_vl_vision", {"image_size": 32, "patch_size": 4}),
+            ),
+            partial(by_grid, flat=False),
+            types=_MM,
+        ),
+        MediaFamily(
+            "kimi_k25",
+            _qwen(
+                "kimi_k25",
+                "Kimi_K25ForConditionalGeneration",
+                Sub("llama"),
+                Sub("kimi_k25_vision", {"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8}),
+                projection_hidden_size=64,
+            ),
+            partial(by_grid, flat=False),
+        ),
+        MediaFamily(
+            "lfm3_vl",
+            _qwen(
+                "lfm3_vl",
+                "Lfm3VlForConditionalGeneration",
+                Sub("lfm2", mix("vf")),
+                Sub("lfm3_vl_vision", {"patch_size": 4, **mix("ff")}),
+                projector_hidden_size=32,
+            ),
+            by_grid,
+        ),
+        MediaFamily(
+            "muse_glimmer",
+            row(
+                "muse_glimmer",
+                model="MuseGlimmerForConditionalGeneration",
+                text_config=Sub("muse_glimmer_text", mix("sfsf")),
+                vision_config=Sub("muse_glimmer_vision", {"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8}),
+                out_hidden_size=256,
+                projector_hidden_size=32,
+            ),
+            by_grid,
+        ),
+        MediaFamily(
+            "video_llama_3",
+            _qwen(
+                "video_llama_3",
+                "VideoLlama3ForConditionalGeneration",
+                Sub("qwen2"),
+                Sub("video_llama_3_vision", {"patch_size": 4}),
+            ),
+            partial(by_grid, sizes=True),
+        ),
+        MediaFamily(
+            "qianfan_ocr",
+            row(
+                "qianfan_ocr",
+                model="QianfanOCRForConditionalGeneration",
+                text_config=Sub("qwen3"),
+                vision_config=Sub("qianfan_ocr_vision", {"image_size": [32, 32], "patch_size": [8, 8]}),
+            ),
+            partial(joined_tiles, size=32, tokens=4),
+        ),
+        MediaFamily(
+            "ovis2",
+            row(
+                "ovis2",
+                model="Ovis2ForConditionalGeneration",
+                text_config=Sub("qwen2"),
+                vision_config=Sub("ovis2_vision", {"image_size": 28, "patch_size": 7, "vocab_size": 64}),
+                visual_indicator_token_ids=[266, 267, 268, 269, 270],
+                hidden_size=64,
+            ),
+            partial(picture, size=28, tokens=16),
+        ),
+        MediaFamily(
+            "hunyuan_vl",
+            row(
+                "hunyuan_vl",
+                model="HunYuanVLForConditionalGeneration",
+                text_config=Sub("hunyuan_vl_text", _MROPE),
+                vision_config=Sub("hunyuan_vl_vision", {"patch_size": 4, "out_hidden_size": 64, "max_image_size": 32}),
+            ),
+            partial(by_grid, newlines=True),
+            types=_MM,
+        ),
+        MediaFamily(
+            "aria",
+            row(
+                "aria",
+                model="AriaForConditionalGeneration",
+                text_config=Sub("aria_text"),
+                vision_config=Sub("idefics3_vision", {"image_size": 32, "patch_size": 8}),
+                projector_patch_to_query_dict={16: 4},
+            ),
+            partial(picture, size=32, tokens=4),
+        ),
+        MediaFamily(
+            "mistral_large4",
+            row(
+                "mistral_large4",
+                model="MistralLarge4ForConditionalGeneration",
+                text_config=Sub(
+                    "mistral_large4_text",
+                    {
+                        "num_hidden_layers": 4,
+                        "kv_source_layers": [0, 0, 2, 2],
+                        "indexer_types": ["full", "shared", "full", "shared"],
+                        "no_rope_layers": [1, 1, 0, 0],
+                    },
+                ),
+                vision_config=Sub("pixtral", {"patch_size": 8, "image_size": 64}),
+            ),
+            rows,
         ),
         MediaFamily(
             "paligemma",
@@ -529,7 +520,7 @@ def _families() -> list[MediaFamily]:
                 projection_dim=64,
                 hidden_size=64,
             ),
-            partial(_picture, size=28, tokens=4),
+            partial(picture, size=28, tokens=4),
             types={"token_type_ids": {}},
             refused="other logits than one forward",
         ),
@@ -551,13 +542,13 @@ def _families() -> list[MediaFamily]:
                     },
                 ),
             ),
-            partial(_tiles, size=56, tokens=4),
+            partial(tiles, size=56, tokens=4),
         ),
-        MediaFamily("qwen2_5_omni_thinker", omni, _by_grid),
+        MediaFamily("qwen2_5_omni_thinker", omni, by_grid),
         MediaFamily(
             "qwen2_5_omni_thinker-audio",
             omni,
-            partial(_sound, bins=8, frames=40, tokens=10, mask="feature_attention_mask"),
+            partial(sound, bins=8, frames=40, tokens=10, mask="feature_attention_mask"),
         ),
         MediaFamily(
             "qwen2_audio",
@@ -567,7 +558,7 @@ def _families() -> list[MediaFamily]:
                 text_config=Sub("qwen2"),
                 audio_config=Sub("qwen2_audio_encoder", {"num_mel_bins": 8, "max_source_positions": 20}),
             ),
-            partial(_sound, bins=8, frames=40, tokens=10, mask="feature_attention_mask"),
+            partial(sound, bins=8, frames=40, tokens=10, mask="feature_attention_mask"),
         ),
         MediaFamily(
             "voxtral",
@@ -580,7 +571,7 @@ def _families() -> list[MediaFamily]:
                 ),
                 audio_token_id=AUDIO,
             ),
-            partial(_sound, bins=8, frames=64, tokens=8),
+            partial(sound, bins=8, frames=64, tokens=8),
         ),
         MediaFamily(
             "audioflamingo3",
@@ -590,7 +581,7 @@ def _families() -> list[MediaFamily]:
                 text_config=Sub("qwen2"),
                 audio_config=Sub("audioflamingo3_encoder", {"num_mel_bins": 8, "max_source_positions": 20}),
             ),
-            partial(_sound, bins=8, frames=40, tokens=10, mask="input_features_mask"),
+            partial(sound, bins=8, frames=40, tokens=10, mask="input_features_mask"),
         ),
         MediaFamily(
             "glmasr",
@@ -602,7 +593,7 @@ def _families() -> list[MediaFamily]:
                     "glmasr_encoder", {"num_mel_bins": 8, "max_position_embeddings": 64, "intermediate_size": 256}
                 ),
             ),
-            partial(_sound, bins=8, frames=64, tokens=8, mask="input_features_mask"),
+            partial(sound, bins=8, frames=64, tokens=8, mask="input_features_mask"),
         ),
         MediaFamily(
             "granite_speech",
@@ -617,7 +608,7 @@ def _families() -> list[MediaFamily]:
                 projector_config=Sub("blip_2_qformer", {"encoder_hidden_size": 32}),
                 has_lora_adapter=False,
             ),
-            partial(_sound, bins=16, frames=60, tokens=12, last=True),
+            partial(sound, bins=16, frames=60, tokens=12, last=True),
         ),
     ]
 
@@ -633,7 +624,7 @@ def seeing(name: str, seed: int = 0) -> Any:
 
     found = MEDIA[name].row
     config: Any = configuration(found)
-    for token, number in _TOKENS.items():
+    for token, number in TOKENS.items():
         # Qwen2.5-Omni's thinker has the last two in its checkpoints only.
         if getattr(config, token, None) is not None or token.startswith("vision_"):
             setattr(config, token, number)
@@ -663,10 +654,10 @@ def prompt(
         between: Tokens of text after each.
     """
     family = MEDIA[name]
-    ids = _text(before, 1)
+    ids = text(before, 1)
     for number, seed in enumerate(pictures):
-        ids += [*family.item(config, number, seed)[1], *_text(between, 10 + number)]
-    ids += _text(after, 2)
+        ids += [*family.item(config, number, seed)[1], *text(between, 10 + number)]
+    ids += text(after, 2)
     return with_ids(name, torch.tensor([ids]), arguments_of(name, config, pictures))
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,6 +40,27 @@ def run(model: Any, inputs: Inputs, **options: Any) -> Any:
     """Generate, with logits."""
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
     return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
+
+
+class Plain:
+    """A model that never caches, and need not compute the same prompt twice.
+
+    Args:
+        name: The family.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.model = seeing(name)
+        self.config = self.model.config
+        self._known: dict[tuple[tuple[str, bytes], ...], Any] = {}
+
+    def generate(self, **arguments: Any) -> Any:
+        """Generate, or remember."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        key = tuple((name, value.numpy().tobytes()) for name, value in sorted(tensors.items()))
+        if key not in self._known:
+            self._known[key] = self.model.generate(**arguments)
+        return self._known[key]
 
 
 def logits_of(result: Any) -> torch.Tensor:
@@ -78,7 +100,7 @@ def leave_only(cached: CachedModel, tier: str) -> None:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_served(name: str, tmp_path: Path, record: Record) -> None:
-    plain, model = seeing(name), seeing(name)
+    plain, model = Plain(name), seeing(name)
     config = plain.config
     two = prompt(name, config, [1, 2])
     length = two["input_ids"].shape[1]
@@ -198,6 +220,8 @@ def test_ways_of_generating(name: str, tmp_path: Path) -> None:
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
         ({"vision_feature_layer": -2}, "argument 'vision_feature_layer'"),  # changes the features, is in no digest
+        ({"image_pixel_values": torch.ones(1, 3)}, "argument 'image_pixel_values'"),  # Phi-4 Multimodal
+        ({"aspect_ratio_ids": torch.ones(1, 1)}, "argument 'aspect_ratio_ids'"),  # Mllama
         ({"use_audio_in_video": True}, "argument 'use_audio_in_video'"),
         ({"moe_mm_token_type_ids": torch.ones(1, 3)}, "argument 'moe_mm_token_type_ids'"),
         ({"token_type_ids": [[1, 0]]}, ""),
@@ -521,3 +545,18 @@ def test_what_one_kind_of_call_shows_is_not_taken_for_another(tmp_path: Path) ->
         assert known(read_media(model.config, ids, inputs)) == MediaVerdict()
         assert check(cached, seeing("gemma3"), inputs) <= 21
         cached.close()
+
+
+def test_the_snippet_of_the_docs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "media.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    model = seeing("qwen2_5_vl")
+    inputs = prompt("qwen2_5_vl", model.config, [1])
+    processor = SimpleNamespace(apply_chat_template=lambda *args, **kwargs: inputs, tokenizer=None)
+    with KVStore(tmp_path / "store", max_cpu_bytes=64 << 20) as store:
+        names = {"CachedModel": CachedModel, "store": store, "messages": [], "processor": processor, "model": model}
+        exec(code, names)
+        expected = seeing("qwen2_5_vl").generate(**inputs, max_new_tokens=100)
+        assert torch.equal(names["reply"], expected)
+        names["cached"].close()
+    assert "prompt" in capsys.readouterr().out
