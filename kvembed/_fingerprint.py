@@ -17,6 +17,7 @@ full checksum. ``docs/design.md`` lists all that is missed.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from typing import Any
@@ -131,6 +132,7 @@ def _settings(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
         and name[0] != "_"
         and name not in _NO_SETTINGS
         and getattr(kind, name, None) != value
+        and not isinstance(getattr(kind, name, None), functools.cached_property)  # worked out by the first forward
     )
 
 
