@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from kvembed._errors import ConfigError, PromptError
-from kvembed._html import escape, mimebundle, panel
+from kvembed._html import mimebundle, panel
 from kvembed._keys import as_token_ids, block_key, chain_keys, snapshot_key
 from kvembed._prompt import as_prompt, check_prompt, context_length, split_chat, tokenize
 from kvembed._stream import stream_text
 from kvembed._units import format_bytes, format_count
-from kvembed._usage import Usage
+from kvembed._usage import Usage, reply_bundle
 
 if TYPE_CHECKING:
     import os
@@ -55,9 +55,7 @@ class Answer:
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
-        usage = self.usage._repr_mimebundle_()["text/html"]
-        body = f'<div style="white-space:pre-wrap;margin:.4em 0">{escape(self.text)}</div>'
-        return mimebundle(f"{self.text}\n[{self.usage}]", panel(self.question, body, usage), include, exclude)
+        return reply_bundle(self.question, self.text, self.usage, include, exclude)
 
 
 class Document:

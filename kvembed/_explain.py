@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvembed._fingerprint import describe_difference
-from kvembed._keys import PROBE_TOKENS, block_key, root_key
-from kvembed._live import common_prefix
+from kvembed._keys import PROBE_TOKENS, block_key, common_prefix, root_key
 from kvembed._match import Explanation, classify, context
 from kvembed._units import format_count
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvembed._files import unlink_quietly
-from kvembed._keys import PROBE_TOKENS, SNAPSHOT_IDS, block_key, chain_keys, probe_of, snapshot_key
+from kvembed._keys import PROBE_TOKENS, SNAPSHOT_IDS, block_key, chain_keys, common_prefix, probe_of, snapshot_key
 from kvembed._residue import Needles, scan_folder
 from kvembed._units import format_bytes, format_count
 
@@ -121,7 +121,7 @@ class Eraser:
         if not stored:
             return
         others = [info.key for info in self._children(parent) if info.key not in stored and info.n_tokens > 1]
-        shared = max((_common(self._ids(key), part) for key in others), default=0)
+        shared = max((self._shared(key, part) for key in others), default=0)
         for n in range(len(part), 0, -1):
             name, state = names[n - 1], states[n - 1]
             if name not in stored and state not in stored:
@@ -194,6 +194,11 @@ class Eraser:
     def _ids(self, key: bytes) -> TokenIds | None:
         return self._store._token_ids(key)
 
+    def _shared(self, key: bytes, ids: TokenIds) -> int:
+        """Return how many leading tokens a block shares with ``ids``; none when it is gone."""
+        own = self._ids(key)
+        return 0 if own is None else common_prefix(own, ids)
+
     def _pinned(self, key: bytes) -> bool:
         row = self._store._catalog.row(key) if self._store._catalog is not None else None
         return bool(row is not None and row.pins) or any(key in keys for keys in self._store._memory_pins.values())
@@ -212,7 +217,7 @@ class Eraser:
         if catalog is not None:
             rows = catalog.rows("WHERE parent = ? AND probe = ?", (info.parent, probe))
             found |= {row.info.key for row in rows}
-        return [other for other in found if _common(self._ids(other), ids) == len(ids)]
+        return [other for other in found if self._shared(other, ids) == len(ids)]
 
     def _sample(self, info: BlockInfo) -> bytes:
         """Return some bytes of a block's KV on disk, to look for them afterwards."""
@@ -286,12 +291,3 @@ def _delete(path: Path) -> None:
     if path.parent.parent.name == "blocks":
         with contextlib.suppress(OSError):
             path.parent.rmdir()  # fails while it has other files
-
-
-def _common(own: TokenIds | None, ids: TokenIds) -> int:
-    """Return how many leading tokens two blocks share."""
-    if own is None:
-        return 0
-    n = min(len(own), len(ids))
-    differs = np.flatnonzero(own[:n] != ids[:n])
-    return int(differs[0]) if len(differs) else n

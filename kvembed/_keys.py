@@ -23,6 +23,7 @@ __all__ = [
     "as_token_ids",
     "block_key",
     "chain_keys",
+    "common_prefix",
     "probe_of",
     "root_key",
     "snapshot_key",
@@ -37,6 +38,13 @@ PROBE_TOKENS = 8
 def as_token_ids(ids: Sequence[int] | np.ndarray) -> TokenIds:
     """Return ``ids`` as a contiguous one-dimensional little-endian int32 array."""
     return np.ascontiguousarray(ids, dtype="<i4").reshape(-1)
+
+
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """Return how many leading tokens two id arrays share."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
 
 
 def root_key(fingerprint: bytes, salt: str = "") -> bytes:

@@ -9,21 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from kvembed import hf
+from kvembed._keys import common_prefix
 
 if TYPE_CHECKING:
     from kvembed._keys import TokenIds
 
-__all__ = ["LivePool", "LiveSequence", "common_prefix"]
-
-
-def common_prefix(a: TokenIds, b: TokenIds) -> int:
-    """Return how many leading tokens two id arrays share."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
+__all__ = ["LivePool", "LiveSequence"]
 
 
 @dataclass(eq=False)

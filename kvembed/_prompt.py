@@ -16,9 +16,19 @@ if TYPE_CHECKING:
 
     from kvembed._keys import TokenIds
 
-__all__ = ["as_prompt", "check_prompt", "context_length", "encode", "split_chat", "tokenize"]
+__all__ = [
+    "as_prompt",
+    "check_prompt",
+    "context_length",
+    "encode",
+    "MARK",
+    "split_at_mark",
+    "split_chat",
+    "tokenize",
+]
 
-_MARK = "\u241fQUESTION\u241f"
+MARK = "\u241fQUESTION\u241f"
+"""Stands for the user's words where a chat template is rendered to be cut there."""
 
 
 def encode(tokenizer: Any, prompt: Any, *, media: bool = False) -> TokenIds:
@@ -111,11 +121,20 @@ def split_chat(tokenizer: Any, document: str, system: str | None) -> tuple[str, 
     _need(tokenizer, "a document")
     if not getattr(tokenizer, "chat_template", None):
         return f"{document}\n\nQuestion: ", "\nAnswer:", False
-    messages = [{"role": "user", "content": f"{document}\n\n{_MARK}"}]
+    messages = [{"role": "user", "content": f"{document}\n\n{MARK}"}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, mark, after = text.partition(_MARK)
+    return *split_at_mark(text), True
+
+
+def split_at_mark(text: str) -> tuple[str, str]:
+    """Return what a chat template put before and after `MARK`, which stood in the user's words.
+
+    Raises:
+        ConfigError: It left them out.
+    """
+    before, mark, after = text.partition(MARK)
     if not mark:
         raise ConfigError("the chat template does not show the user's text: set tokenizer.chat_template")
-    return before, after, True
+    return before, after

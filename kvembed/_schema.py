@@ -170,7 +170,7 @@ def migrate(db: sqlite3.Connection, where: str) -> None:
         try:
             if _applied(db) < number:
                 db.execute("CREATE TABLE IF NOT EXISTS migrations (name TEXT PRIMARY KEY, applied REAL NOT NULL)")
-                for statement in _statements(script):
+                for statement in statements(script):
                     db.execute(statement)
                 db.execute("INSERT INTO migrations VALUES (?, ?)", (name, time.time()))
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -182,7 +182,8 @@ def migrate(db: sqlite3.Connection, where: str) -> None:
             raise
 
 
-def _statements(script: str) -> list[str]:
+def statements(script: str) -> list[str]:
+    """Split a script into its statements."""
     # Not executescript(): it commits the open transaction first. A statement ends where SQLite says so
     # (a trigger has semicolons inside).
     import sqlite3

@@ -9,8 +9,7 @@ import numpy as np
 from kvembed._document import Document
 from kvembed._errors import BlockFormatError, ConfigError, PromptError
 from kvembed._forget import Eraser, ForgetReport
-from kvembed._keys import block_key, chain_keys, snapshot_key
-from kvembed._live import common_prefix
+from kvembed._keys import block_key, chain_keys, common_prefix, snapshot_key
 from kvembed._portable import export_blocks, refuse_other_models
 from kvembed._prompt import encode, split_chat, tokenize
 from kvembed._sessions import Session

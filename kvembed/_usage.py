@@ -11,7 +11,7 @@ from kvembed._units import format_count, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["Usage"]
+__all__ = ["reply_bundle", "Usage"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,3 +156,12 @@ class Usage:
             table_html(rows),
             notes,
         )
+
+
+def reply_bundle(
+    title: str, text: str, usage: Usage, include: Collection[str] | None, exclude: Collection[str] | None
+) -> dict[str, str]:
+    """Return the ``_repr_mimebundle_`` of something a model said: its text, and what it cost."""
+    body = f'<div style="white-space:pre-wrap;margin:.4em 0">{escape(text)}</div>'
+    markup = panel(title, body, usage._repr_mimebundle_()["text/html"])
+    return mimebundle(f"{text}\n[{usage}]", markup, include, exclude)

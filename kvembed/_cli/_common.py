@@ -28,12 +28,15 @@ __all__ = [
     "JsonOption",
     "YesOption",
     "complain",
+    "conclude",
     "confirm",
     "console",
+    "existing_store",
     "holds_store",
     "load_model",
     "open_store",
     "print_json",
+    "show",
     "store_path",
     "table",
 ]
@@ -80,6 +83,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def show(report: Any, as_json: bool) -> None:
+    """Print a report: as JSON, or in its own words."""
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def conclude(report: Any, as_json: bool) -> None:
+    """Print a report, and end with status 1 when it is not ``ok``."""
+    show(report, as_json)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> Table:
@@ -136,6 +154,18 @@ def open_store(folder: Path | None, *, read_only: bool = False) -> KVStore | Non
     from kvembed._store import KVStore
 
     return KVStore(path, read_only=read_only or None)
+
+
+def existing_store(folder: Path | None) -> KVStore:
+    """Open a store that has to be there.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    store = open_store(folder)
+    if store is None:
+        raise ConfigError(f"there is no store at {store_path(folder)}")
+    return store
 
 
 def load_model(name: str, store: KVStore, steps: Steps, **options: Any) -> CachedModel:

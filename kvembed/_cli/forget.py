@@ -39,9 +39,7 @@ def register(app: typer.Typer) -> None:
             raise ConfigError("say what to forget: a FILE, or --text with the text itself")
         if file is not None and not file.is_file():
             raise typer.BadParameter(f"no file {str(file)!r}", param_hint="FILE")
-        store = _common.open_store(folder)
-        if store is None:
-            raise ConfigError(f"there is no store at {_common.store_path(folder)}")
+        store = _common.existing_store(folder)
         steps = Steps(quiet=as_json)
         with store, _common.load_model(model, store, steps, dtype=dtype) as cached:
             if cached.support is not None:
@@ -51,9 +49,4 @@ def register(app: typer.Typer) -> None:
             _common.confirm(f"Erase {name} from {store.path}?", yes)
             with steps.step("Erasing and scanning"):
                 report = cached.forget(what)
-        if as_json:
-            _common.print_json(report.to_dict())
-        else:
-            typer.echo(str(report))
-        if not report.ok:
-            raise typer.Exit(1)
+        _common.conclude(report, as_json)

@@ -9,7 +9,6 @@ import typer
 
 from kvembed._cli import _common
 from kvembed._cli._steps import Steps
-from kvembed._errors import ConfigError
 
 __all__ = ["register"]
 
@@ -29,15 +28,9 @@ def register(app: typer.Typer) -> None:
 
         The file is not encrypted and has the text's tokens in it.
         """
-        store = _common.open_store(folder)
-        if store is None:
-            raise ConfigError(f"there is no store at {_common.store_path(folder)}")
-        with store:
+        with _common.existing_store(folder) as store:
             report = store.export(file, what)
-        if as_json:
-            _common.print_json(report.to_dict())
-        else:
-            typer.echo(str(report))
+        _common.show(report, as_json)
 
     @app.command(name="import")
     def import_(
@@ -63,7 +56,4 @@ def register(app: typer.Typer) -> None:
             else:
                 with _common.load_model(model, store, Steps(quiet=as_json), dtype=dtype) as cached:
                     report = cached.import_(file, pin=pin)
-        if as_json:
-            _common.print_json(report.to_dict())
-        else:
-            typer.echo(str(report))
+        _common.show(report, as_json)

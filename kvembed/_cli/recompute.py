@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from kvembed._cli import _common
 from kvembed._cli._steps import Steps
 from kvembed._errors import UnsupportedModelError
@@ -34,9 +32,4 @@ def recompute(model: str, dtype: str, folder: Path | None, *, as_json: bool) -> 
         with steps.step("Computing again") as progress:
             report = cached.recheck(progress)
         store.take_problems()  # told below
-    if as_json:
-        _common.print_json(report.to_dict())
-    else:
-        typer.echo(str(report))
-    if not report.ok:
-        raise typer.Exit(1)
+    _common.conclude(report, as_json)

@@ -123,10 +123,7 @@ def register(app: typer.Typer) -> None:
         """Erase sequences: every block that nothing else needs."""
         if bool(targets) == everything:
             raise ConfigError("name what to remove (ids from kvembed ls, or pinned names), or give --all")
-        store = _common.open_store(folder)
-        if store is None:
-            raise ConfigError(f"there is no store at {_common.store_path(folder)}")
-        with store:
+        with _common.existing_store(folder) as store:
             if everything:
                 _common.confirm(f"Erase everything in {store.path}?", yes)
                 removed = store.clear()
@@ -206,9 +203,4 @@ def register(app: typer.Typer) -> None:
 
         with store, Steps(quiet=as_json or not sys.stderr.isatty()).step("Verifying") as progress:
             report = store.verify(fix=fix, on_progress=progress)
-        if as_json:
-            _common.print_json(report.to_dict())
-        else:
-            typer.echo(str(report))
-        if not report.ok:
-            raise typer.Exit(1)
+        _common.conclude(report, as_json)

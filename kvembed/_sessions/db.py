@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import ConfigError, StoreError
 from kvembed._paths import make_private_dir, sessions_file
+from kvembed._schema import statements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,6 +67,11 @@ CREATE TRIGGER messages_removed AFTER DELETE ON messages BEGIN
     INSERT INTO found(found, rowid, content) VALUES ('delete', old.id, old.content);
 END;
 """
+_LINE = (
+    "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM messages WHERE id = ? UNION ALL "
+    "SELECT m.id, m.parent FROM messages m JOIN line ON m.id = line.parent)"
+)
+"""A message and all before it, the last first."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class SessionDB:
             if version > _VERSION:
                 raise StoreError(f"{self.path} was written by a newer kvembed (format {version}): upgrade kvembed")
             if version == 0:
-                for statement in _statements(_SCHEMA):
+                for statement in statements(_SCHEMA):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {_VERSION}")
 
@@ -248,11 +254,7 @@ class SessionDB:
 
     @staticmethod
     def _line(db: sqlite3.Connection, head: int | None) -> list[int]:
-        sql = (
-            "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM messages WHERE id = ? UNION ALL "
-            "SELECT m.id, m.parent FROM messages m JOIN line ON m.id = line.parent) SELECT id FROM line"
-        )
-        return [row[0] for row in db.execute(sql, (head,))]
+        return [row[0] for row in db.execute(f"{_LINE} SELECT id FROM line", (head,))]
 
     def fork(self, name: str, new: str) -> SessionInfo:
         """Make a session that goes on from where another one is.
@@ -321,18 +323,12 @@ class SessionDB:
         """Return the messages from the first to ``head``."""
         if head is None:
             return []
+        columns = "id, parent, role, content, meta, created, token_ids, text_kept, text_rest, ids_kept, ids_rest"
         with self._transaction() as db:
-            rows = {}
-            numbers = self._line(db, head)
-            sql = (
-                "SELECT id, parent, role, content, meta, created, token_ids, text_kept, text_rest, ids_kept, ids_rest "
-                "FROM messages WHERE id = ?"
-            )
-            for number in numbers:
-                row = db.execute(sql, (number,)).fetchone()
-                rest = (row[5], row[6] or b"", row[7], row[8], row[9], row[10] or b"")
-                rows[number] = Message(row[0], row[1], row[2], row[3], json.loads(row[4]), *rest)
-        return [rows[number] for number in reversed(numbers)]
+            # A parent is always older than its children, so that numbers are in order.
+            where = "WHERE id IN (SELECT id FROM line) ORDER BY id"
+            rows = db.execute(f"{_LINE} SELECT {columns} FROM messages {where}", (head,)).fetchall()
+        return [_message(row) for row in rows]
 
     def add(self, name: str, messages: Sequence[Message], parent: int | None) -> int | None:
         """Add messages one after another below ``parent``, move the session there, and return the new head.
@@ -387,11 +383,6 @@ class SessionDB:
             return True
 
 
-def _statements(script: str) -> Iterator[str]:
-    """Split a script; ``executescript`` would commit the transaction it runs in."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+def _message(row: Sequence[Any]) -> Message:
+    kept = (row[5], row[6] or b"", row[7], row[8], row[9], row[10] or b"")
+    return Message(row[0], row[1], row[2], row[3], json.loads(row[4]), *kept)

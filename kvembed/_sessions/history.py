@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvembed._keys import as_token_ids
-from kvembed._live import common_prefix
+from kvembed._keys import as_token_ids, common_prefix
 from kvembed._prompt import tokenize
 
 if TYPE_CHECKING:

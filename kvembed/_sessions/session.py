@@ -12,14 +12,13 @@ import torch
 
 from kvembed._document import digits_of, keys_of, read_document
 from kvembed._errors import ConfigError, PromptError
-from kvembed._html import escape, mimebundle, panel
 from kvembed._keys import as_token_ids
-from kvembed._prompt import as_prompt, context_length
+from kvembed._prompt import MARK, as_prompt, context_length, split_at_mark
 from kvembed._sessions.db import Message, SessionDB
 from kvembed._sessions.history import History, Prompt, messages_of
 from kvembed._stream import stream_text
 from kvembed._units import format_count
-from kvembed._usage import Usage
+from kvembed._usage import Usage, reply_bundle
 
 if TYPE_CHECKING:
     import os
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from kvembed._model import CachedModel
 
 __all__ = ["Reply", "Session", "Turn"]
-
-_MARK = "\u241fREST\u241f"
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,9 +61,7 @@ class Reply:
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
-        usage = self.usage._repr_mimebundle_()["text/html"]
-        body = f'<div style="white-space:pre-wrap;margin:.4em 0">{escape(self.text)}</div>'
-        return mimebundle(f"{self.text}\n[{self.usage}]", panel("reply", body, usage), include, exclude)
+        return reply_bundle("reply", self.text, self.usage, include, exclude)
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,6 @@ class Session:
         """Read the current branch; another process may have gone on with it."""
         self._head = self._db.info(self.name).head
         self._branch = self._db.branch(self._head)
-        self._history = History(self._model.tokenizer, self._branch)
 
     # --- talking ---------------------------------------------------------------------------------------
 
@@ -322,7 +316,7 @@ class Session:
 
         Args:
             text: The document, or a path to a text file.
-            name: What to call it; by default the file's name, or its first words.
+            name: What to call it; by default the file's name, or "text".
             pin: Keep its blocks when others are evicted.
             progress: See `CachedModel`.
 
@@ -339,10 +333,7 @@ class Session:
         with self._lock:
             self._load()
             branch = [*self._branch, document]
-            rendered = self._render(messages_of([*branch, _message("user", _MARK)], self.system))
-            before, mark, _ = rendered.partition(_MARK)
-            if not mark:
-                raise ConfigError("the chat template does not show the user's text: set tokenizer.chat_template")
+            before, _ = split_at_mark(self._render(messages_of([*branch, _message("user", MARK)], self.system)))
             history = History(self._model.tokenizer, self._branch)
             prompt = history.prompt(before)
             limit = context_length(self._model.hf_model)
@@ -471,7 +462,8 @@ class Session:
 
     def __repr__(self) -> str:
         turns = len(self.turns)
-        return f"<Session {self.name!r}: {turns} turns, {format_count(self._history.tokens)} tokens>"
+        tokens = History(self._model.tokenizer, self._branch).tokens
+        return f"<Session {self.name!r}: {turns} turns, {format_count(tokens)} tokens>"
 
 
 def _message(role: str, content: str, meta: dict[str, Any] | None = None) -> Message:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from transformers import PreTrainedTokenizerFast
+
 MODEL_FINGERPRINT = b"m" * 32
 _LAYOUT = Layout(tuple(TensorSpec(layer, name, 2, 8, "F32") for layer in range(2) for name in ("k", "v")))
 
@@ -46,6 +48,17 @@ def filled(tmp_path: Path) -> Path:
             store.put(block)
         store.flush()
         store.pin([block.key for block in chain(2, 2)], "report")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A tiny llama on disk, as ``from_pretrained`` wants it."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     Run = Callable[..., Any]
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: PreTrainedTokenizerFast
-) -> Path:
-    """A tiny llama on disk, as ``from_pretrained`` wants it."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 # ------------------------------------------------------------------------------------------- sample
 
 

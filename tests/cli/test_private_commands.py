@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerFast
-
     Run = Callable[..., Any]
 
 TEXT = "The lighthouse keeper counts the ships at dusk. " * 10
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: PreTrainedTokenizerFast
-) -> Path:
-    """A tiny llama on disk, as ``from_pretrained`` wants it."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_forget_a_file(run: Run, run_json: Run, tiny_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvembed._budgets import DiskBudget, NamespaceQuotas, write_budget
 from kvembed._catalog import Catalog
 from kvembed._eviction import work, worth
 from kvembed._keys import SNAPSHOT_IDS, block_key, probe_of, root_key, snapshot_key
-from kvembed._schema import MIGRATIONS, _statements
+from kvembed._schema import MIGRATIONS, statements
 from kvembed._testing import (
     FINGERPRINT,
     SMALL_LAYOUT,
@@ -522,7 +522,7 @@ def make_old_catalog(root: Path) -> None:
     """Replace a store's catalog by one of the first version that says the same."""
     new, old = root / "kvembed.db", root / "old.db"
     db = sqlite3.connect(old)
-    for statement in _statements(MIGRATIONS[0][1]):
+    for statement in statements(MIGRATIONS[0][1]):
         db.execute(statement)
     db.execute("CREATE TABLE migrations (name TEXT PRIMARY KEY, applied REAL NOT NULL)")
     db.execute("INSERT INTO migrations VALUES (?, 1.0)", (MIGRATIONS[0][0],))
