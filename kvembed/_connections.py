@@ -16,7 +16,7 @@ from kvembed._mounts import network_filesystem
 from kvembed._schema import SCHEMA_VERSION, migrate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = ["Connections"]
@@ -33,10 +33,11 @@ class _Connection:
         self.pid = os.getpid()
         self.closed = False
 
-    def close(self) -> None:
+    def close(self, getpid: Callable[[], int] = os.getpid) -> None:
         # Not in a child that was forked while SQLite was at work: there even closing could wait for a lock
-        # whose owner does not exist.
-        if self.pid == os.getpid():
+        # whose owner does not exist. The function comes as a default, since a connection may outlive this module's
+        # names when the interpreter ends.
+        if self.pid == getpid():
             self.closed = True
             self.db.close()
 

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from kvembed import KVStore
+from kvembed._connections import _Connection
 from kvembed._testing import assert_reads, forget_memory, keys_of, put_all, random_block, random_chain
 
 if TYPE_CHECKING:
@@ -65,6 +67,16 @@ def test_a_process_that_does_not_close_loses_nothing(tmp_path: Path, ending: str
     result = subprocess.run([sys.executable, "-c", SCRIPT + ending, str(tmp_path)], capture_output=True, text=True)
     assert "kvembed" not in result.stderr
     assert stored(tmp_path, random_chain(40)) == 40
+
+
+def test_a_connection_that_outlives_its_module_closes_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = _Connection(sqlite3.connect(":memory:"))
+    db = held.db
+    monkeypatch.setattr("kvembed._connections.os", None)  # as the interpreter does at its end
+    del held
+    gc.collect()  # an error there would be a warning, and so fail
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        db.execute("SELECT 1")
 
 
 @pytest.mark.multiprocess
