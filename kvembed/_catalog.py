@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kvembed._block import BlockInfo
 from kvembed._connections import Connections
 from kvembed._eviction import worth
+from kvembed._files import create_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -93,7 +94,7 @@ class Catalog:
             # SQLite would create it with the umask's mode; -wal and -shm take the mode of this file. Only
             # when it is missing: closing any descriptor of an open database drops its locks on POSIX.
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), 0o600))
+                os.close(create_private(path))
         with self._connections.use():
             self._inode = path.stat().st_ino
 
@@ -142,7 +143,7 @@ class Catalog:
             with contextlib.suppress(OSError):
                 # Not when another process has put a new one in place already.
                 if self.path.stat().st_ino == self._inode:
-                    self.damage_mark(self.path).touch(mode=0o600)
+                    os.close(create_private(self.damage_mark(self.path)))
 
     @staticmethod
     def damage_mark(path: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import stat
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RandomAccess",
+    "create_private",
     "disk_usage",
     "fsync_dir",
     "is_temp_name",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _IOV_MAX = 1024
+_FOLDER_TRIES = 20
 # What opening says to a symbolic link (two systems, two answers), a socket or a device.
 _NOT_A_FILE = {errno.ELOOP, getattr(errno, "EMLINK", errno.ELOOP), errno.ENXIO, errno.EISDIR}
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -231,6 +234,37 @@ def is_temp_name(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
 
+def create_private(path: Path) -> int:
+    """Create a file of mode 0600, whatever the umask is, and return its descriptor, open for writing.
+
+    Raises:
+        OSError: There is such a file, or it cannot be created.
+    """
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | _BINARY, 0o600)
+    try:
+        if os.fstat(fd).st_mode & 0o600 != 0o600 and hasattr(os, "fchmod"):
+            with contextlib.suppress(PermissionError):  # file systems without modes
+                os.fchmod(fd, 0o600)  # the umask has taken even the owner's rights
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _create(path: Path) -> tuple[int, bool]:
+    """Create a private file; return its descriptor, and whether its folder had to be made."""
+    for tries in itertools.count():
+        try:
+            return create_private(path), tries > 0
+        except FileNotFoundError:
+            # Also when another process has removed the folder because it was empty, at any point of this loop.
+            if tries == _FOLDER_TRIES:
+                raise
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            make_private_dir(path.parent)
+    raise AssertionError("unreachable")
+
+
 def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False) -> None:
     """Write a private file under a temporary name and rename it to ``path``.
 
@@ -245,16 +279,9 @@ def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False)
     Raises:
         OSError: The disk is full, the folder cannot be written ...; nothing is left behind.
     """
-    temp, new_folder = temp_path(path), False
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _BINARY
+    temp = temp_path(path)
     try:
-        try:
-            fd = os.open(temp, flags, 0o600)
-        except FileNotFoundError:
-            # Also when another process has just removed the empty folder: hence here, not before.
-            make_private_dir(path.parent)
-            new_folder = True
-            fd = os.open(temp, flags, 0o600)
+        fd, new_folder = _create(temp)
         try:
             write_all(fd, buffers)
             if sync:
@@ -266,7 +293,8 @@ def write_file(path: Path, buffers: Sequence[memoryview], *, sync: bool = False)
         unlink_quietly(temp)
         raise
     if sync:
-        fsync_dir(path.parent)
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process, and its folder with it
+            fsync_dir(path.parent)
         if new_folder:
             fsync_dir(path.parent.parent)
 

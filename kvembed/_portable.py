@@ -23,7 +23,7 @@ import numpy as np
 from kvembed._block import Block, BlockInfo
 from kvembed._blockfile import EncodedBlock, open_block_in
 from kvembed._errors import BlockFormatError, ConfigError, ModelMismatchError, StoreFormatError
-from kvembed._files import open_regular, random_access, shown, temp_path, unlink_quietly, write_all
+from kvembed._files import create_private, open_regular, random_access, shown, temp_path, unlink_quietly, write_all
 from kvembed._keys import SNAPSHOT_IDS, block_key, snapshot_key
 from kvembed._units import format_bytes, format_count
 
@@ -130,7 +130,7 @@ def export_blocks(
     temp = temp_path(target)
     nbytes = 0
     try:
-        fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o600)
+        fd = create_private(temp)
         try:
             text = json.dumps(manifest, indent=1, default=str).encode()
             nbytes += _write_member(fd, _MANIFEST, [memoryview(text)])

@@ -14,6 +14,7 @@ from kvembed._blockfile import BlockFileSource, EncodedBlock, open_block, read_i
 from kvembed._errors import BlockFormatError
 from kvembed._files import disk_usage, unlink_quietly, write_file
 from kvembed._keys import probe_of
+from kvembed._paths import make_private_dir
 from kvembed._units import format_bytes
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ class DiskTier:
             return
         target = folder / path.name
         try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            make_private_dir(folder)
             path.replace(target)
             text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {reason}\n".encode()
             write_file(folder / f"{path.name}.reason.txt", [memoryview(text)])

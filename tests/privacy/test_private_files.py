@@ -47,7 +47,7 @@ def open_to_others(root: Path) -> list[str]:
 
 
 @POSIX
-@pytest.mark.parametrize("mask", [0o000, 0o022])
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o777])
 def test_every_file_and_folder_is_private(tmp_path: Path, mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "above" / "store"
     chain = random_chain(6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from kvembed._testing import SMALL_LAYOUT, random_block, random_chain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from kvembed._block import Block
 
@@ -251,6 +251,50 @@ def test_safe_durability_waits_for_file_and_folder(
     assert synced == []
     EncodedBlock(block, "kvembed test").write(tmp_path / "b", sync=True)
     assert synced == ([False] if os.name == "nt" else [False, True])
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "chmod"])
+def test_a_folder_that_others_remove_as_empty_is_made_again(
+    tmp_path: Path, block: Block, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path, left = tmp_path / "ab" / "a", [3]
+    real = getattr(Path, moment)
+
+    def remove(self: Path, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if left[0]:
+            left[0] -= 1
+            self.rmdir()
+
+    monkeypatch.setattr(Path, moment, remove)
+    EncodedBlock(block, "kvembed test").write(path, sync=True)
+    assert left == [0]
+    assert read_block(path).info == block.info
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_never_stays_is_an_error(tmp_path: Path, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr("kvembed._files.make_private_dir", made.append)
+    with pytest.raises(FileNotFoundError):
+        EncodedBlock(block, "kvembed test").write(tmp_path / "ab" / "a")
+    assert 3 < len(made) < 100
+
+
+def test_a_block_deleted_with_its_folder_before_the_flush_is_no_failed_write(
+    tmp_path: Path, block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        result = real(self, target)
+        target.unlink()
+        target.parent.rmdir()
+        return result
+
+    monkeypatch.setattr(Path, "replace", replace)
+    EncodedBlock(block, "kvembed test").write(tmp_path / "ab" / "a", sync=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
