@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
     from kvembed._score import Score
-    from kvembed._sessions import Reply, Session, Turn
+    from kvembed._sessions.db import SessionDB
+    from kvembed._sessions.messages import SessionInfo
+    from kvembed._sessions.replies import Reply, Turn
+    from kvembed._sessions.session import Session
     from kvembed._store import KVStore, StoreStats, VerifyReport
     from kvembed._usage import Usage
 
@@ -66,6 +69,8 @@ __all__ = [
     "Reply",
     "Score",
     "Session",
+    "SessionDB",
+    "SessionInfo",
     "StoreClosedError",
     "StoreError",
     "StoreFormatError",
@@ -84,10 +89,12 @@ _LAZY = {
     "attach": "kvembed._attach",
     "attached": "kvembed._attach",
     "detach": "kvembed._attach",
-    "Reply": "kvembed._sessions",
+    "Reply": "kvembed._sessions.replies",
     "Score": "kvembed._score",
-    "Session": "kvembed._sessions",
-    "Turn": "kvembed._sessions",
+    "Session": "kvembed._sessions.session",
+    "SessionDB": "kvembed._sessions.db",
+    "SessionInfo": "kvembed._sessions.messages",
+    "Turn": "kvembed._sessions.replies",
     "Answer": "kvembed._document",
     "CachedModel": "kvembed._model",
     "Document": "kvembed._document",

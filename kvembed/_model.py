@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from kvembed._portable import ExportReport, ImportReport
     from kvembed._progress import Progress
     from kvembed._score import Score
-    from kvembed._sessions import Session
     from kvembed._sessions.db import SessionDB
+    from kvembed._sessions.session import Session
     from kvembed._store import KVStore
 
 __all__ = ["CachedModel"]
@@ -272,14 +272,15 @@ class CachedModel:
             name: What it is called.
             system: System message; None for the one it has.
             when_full: ``"refuse"``, or ``"drop"`` the oldest turns, when it does not fit the context any more.
-            template_kwargs: Further arguments of the chat template.
+            template_kwargs: Further arguments of the chat template, such as ``enable_thinking``; kept with the
+                session, and None for those it has.
             settings: Arguments of ``generate()`` for every reply of a new session.
             db: Where sessions are kept; by default one file in the user's data folder.
 
         Raises:
             ConfigError: There is no chat template, or the session has another system message.
         """
-        from kvembed._sessions import Session
+        from kvembed._sessions.session import Session
 
         return Session(
             self,

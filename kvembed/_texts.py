@@ -12,7 +12,7 @@ from kvembed._forget import Eraser, ForgetReport
 from kvembed._keys import block_key, chain_keys, common_prefix, snapshot_key
 from kvembed._portable import export_blocks, refuse_other_models
 from kvembed._prompt import encode, split_chat, tokenize
-from kvembed._sessions import Session
+from kvembed._sessions.session import Session
 
 if TYPE_CHECKING:
     import os

@@ -1,7 +1,8 @@
-"""Conversations: persisted by name, token-exact over turns, processes and reboots."""
+"""Conversations: persisted by name, token-exact over turns, processes and reboots.
+
+`kvembed._sessions.db` lists and searches them without torch; `kvembed._sessions.session` has them with a model.
+"""
 
 from __future__ import annotations
 
-from kvembed._sessions.session import Reply, Session, Turn
-
-__all__ = ["Reply", "Session", "Turn"]
+__all__: list[str] = []

@@ -16,118 +16,34 @@ import sqlite3
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import ConfigError, StoreError
 from kvembed._paths import make_private_dir, sessions_file
-from kvembed._schema import statements
+from kvembed._sessions.messages import MESSAGE_COLUMNS, SESSION_COLUMNS, message_of, session_of
+from kvembed._sessions.schema import connect, migrate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["Message", "SessionDB", "SessionInfo"]
+    from kvembed._sessions.messages import Message, SessionInfo
 
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE sessions (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    system TEXT,
-    settings TEXT NOT NULL DEFAULT '{}',
-    head INTEGER REFERENCES messages(id),
-    created REAL NOT NULL,
-    updated REAL NOT NULL
-);
-CREATE TABLE messages (
-    id INTEGER PRIMARY KEY,
-    parent INTEGER REFERENCES messages(id),
-    role TEXT NOT NULL,
-    content TEXT NOT NULL,
-    meta TEXT NOT NULL DEFAULT '{}',
-    created REAL NOT NULL,
-    token_ids BLOB,
-    text_kept INTEGER NOT NULL DEFAULT 0,
-    text_rest TEXT NOT NULL DEFAULT '',
-    ids_kept INTEGER NOT NULL DEFAULT 0,
-    ids_rest BLOB
-);
-CREATE INDEX messages_parent ON messages(parent);
-CREATE TABLE moves (
-    id INTEGER PRIMARY KEY,
-    session INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
-    head INTEGER
-);
-CREATE VIRTUAL TABLE found USING fts5(content, content='messages', content_rowid='id');
-CREATE TRIGGER messages_added AFTER INSERT ON messages BEGIN
-    INSERT INTO found(rowid, content) VALUES (new.id, new.content);
-END;
-CREATE TRIGGER messages_removed AFTER DELETE ON messages BEGIN
-    INSERT INTO found(found, rowid, content) VALUES ('delete', old.id, old.content);
-END;
-"""
+__all__ = ["SessionDB"]
+
 _LINE = (
     "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM messages WHERE id = ? UNION ALL "
     "SELECT m.id, m.parent FROM messages m JOIN line ON m.id = line.parent)"
 )
 """A message and all before it, the last first."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message, or an attached document.
-
-    Args:
-        id: Its number.
-        parent: Number of the message before it, or None.
-        role: ``"user"``, ``"assistant"`` or ``"document"``.
-        content: Its text, without special tokens.
-        meta: What is known beside it: name of a document, cost of a reply.
-        created: Seconds since 1970.
-        token_ids: int32 bytes of the tokens of a reply, as they were generated.
-        text_kept: Of the prompt this reply answered, as rendered: characters shared with the last one before it ...
-        text_rest: ... and the characters after them.
-        ids_kept: The same in tokens of the whole stream (that prompt and its reply) ...
-        ids_rest: ... and the int32 bytes of the ids after them.
-    """
-
-    id: int
-    parent: int | None
-    role: str
-    content: str
-    meta: dict[str, Any] = field(default_factory=dict)
-    created: float = 0.0
-    token_ids: bytes = b""
-    text_kept: int = 0
-    text_rest: str = ""
-    ids_kept: int = 0
-    ids_rest: bytes = b""
-
-
-@dataclass(frozen=True)
-class SessionInfo:
-    """One line of a list of sessions.
-
-    Args:
-        name: What it is called.
-        system: Its system message.
-        settings: Arguments of ``generate()`` it was given.
-        head: Number of its last message, or None.
-        created: Seconds since 1970.
-        updated: Seconds since 1970.
-    """
-
-    name: str
-    system: str | None
-    settings: dict[str, Any]
-    head: int | None
-    created: float
-    updated: float
+_INFO = f"SELECT {SESSION_COLUMNS} FROM sessions"
 
 
 class SessionDB:
     """The file of all sessions; any number of threads and processes may have it open.
+
+    It lists, searches, renames and deletes them without a model, and without loading torch. `CachedModel.session`
+    goes on with one.
 
     Args:
         path: The file; by default ``sessions.db`` in the user's data folder.
@@ -144,41 +60,31 @@ class SessionDB:
             make_private_dir(self.path.parent)
             # Made here with its mode: SQLite would use the umask.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = self._connect()
-            self._migrate()
+            self._db = connect(self.path)
+            migrate(self._db, self.path)
+            self._db.execute("PRAGMA foreign_keys = ON")
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"{self.path} cannot be used for sessions: {error}") from error
         self._finalizer = weakref.finalize(self, self._db.close)
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=10.0, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA foreign_keys = ON")
-        db.execute("PRAGMA secure_delete = ON")  # what is deleted is gone from the file too
-        db.execute("PRAGMA journal_mode = WAL")
-        return db
-
-    def _migrate(self) -> None:
-        with self._transaction() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version > _VERSION:
-                raise StoreError(f"{self.path} was written by a newer kvembed (format {version}): upgrade kvembed")
-            if version == 0:
-                for statement in statements(_SCHEMA):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_VERSION}")
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            if self._pid != os.getpid():  # a fork: SQLite's connections do not survive one
+                self._pid, self._db = os.getpid(), connect(self.path)
+                self._db.execute("PRAGMA foreign_keys = ON")
+            yield self._db
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            if self._pid != os.getpid():  # a fork: SQLite's connections do not survive one
-                self._pid, self._db = os.getpid(), self._connect()
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._reading() as db:
+            db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
+                yield db
             except BaseException:
-                self._db.execute("ROLLBACK")
+                db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
+            db.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file."""
@@ -186,34 +92,60 @@ class SessionDB:
             self._finalizer.detach()
             self._db.close()
 
+    def __enter__(self) -> SessionDB:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     # --- sessions --------------------------------------------------------------------------------------
 
-    def open(self, name: str, system: str | None = None, settings: dict[str, Any] | None = None) -> SessionInfo:
+    def open(
+        self,
+        name: str,
+        system: str | None = None,
+        settings: dict[str, Any] | None = None,
+        template: dict[str, Any] | None = None,
+    ) -> SessionInfo:
         """Return a session, made when it is new.
+
+        Args:
+            name: What it is called.
+            system: System message of a new one.
+            settings: Arguments of ``generate()`` of a new one.
+            template: Arguments of the chat template; they replace those it has.
 
         Raises:
             ConfigError: It exists with another system message: its whole KV hangs on that.
         """
-        if not name.strip():
-            raise ConfigError("a session needs a name")
+        _check_name(name)
         with self._transaction() as db:
             known = self._info(db, name)
-            if known is not None:
-                if system is not None and system != known.system:
-                    raise ConfigError(
-                        f"session {name!r} has another system message: open it without system=, or give another name"
-                    )
-                return known
-            now = time.time()
-            values = (name, system, json.dumps(settings or {}), now, now)
-            db.execute("INSERT INTO sessions (name, system, settings, created, updated) VALUES (?, ?, ?, ?, ?)", values)
-            return SessionInfo(name, system, dict(settings or {}), None, now, now)
+            if known is None:
+                now = time.time()
+                values = (name, system, _json(settings or {}), _json(template or {}), now, now)
+                columns = "name, system, settings, template, created, updated"
+                db.execute(f"INSERT INTO sessions ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
+            elif system is not None and system != known.system:
+                raise ConfigError(
+                    f"session {name!r} has another system message: open it without system=, change it with "
+                    "set_system(), or give another name"
+                )
+            elif template is not None and template != known.template:
+                values = (_json(template), name)
+                db.execute("UPDATE sessions SET template = ? WHERE name = ? AND hidden IS NULL", values)
+            return self._known(db, name)
 
     @staticmethod
     def _info(db: sqlite3.Connection, name: str) -> SessionInfo | None:
-        sql = "SELECT name, system, settings, head, created, updated FROM sessions WHERE name = ?"
-        row = db.execute(sql, (name,)).fetchone()
-        return None if row is None else SessionInfo(row[0], row[1], json.loads(row[2]), *row[3:])
+        row = db.execute(f"{_INFO} WHERE name = ? AND hidden IS NULL", (name,)).fetchone()
+        return None if row is None else session_of(row)
+
+    def _known(self, db: sqlite3.Connection, name: str) -> SessionInfo:
+        found = self._info(db, name)
+        if found is None:
+            raise ConfigError(f"no session {name!r}")
+        return found
 
     def info(self, name: str) -> SessionInfo:
         """Return what is known of a session.
@@ -221,30 +153,26 @@ class SessionDB:
         Raises:
             ConfigError: There is none of this name.
         """
-        with self._transaction() as db:
-            found = self._info(db, name)
-        if found is None:
-            raise ConfigError(f"no session {name!r}")
-        return found
+        with self._reading() as db:
+            return self._known(db, name)
 
     def sessions(self) -> list[SessionInfo]:
-        """Return all sessions, the latest first."""
-        with self._transaction() as db:
-            sql = "SELECT name, system, settings, head, created, updated FROM sessions ORDER BY updated DESC, id DESC"
-            rows = db.execute(sql).fetchall()
-        return [SessionInfo(row[0], row[1], json.loads(row[2]), *row[3:]) for row in rows]
+        """Return all sessions that are not hidden, the latest first."""
+        with self._reading() as db:
+            rows = db.execute(f"{_INFO} WHERE hidden IS NULL ORDER BY updated DESC, id DESC").fetchall()
+        return [session_of(row) for row in rows]
 
     def search(self, words: str) -> list[tuple[str, str]]:
         """Return (session, excerpt) for sessions whose current branch, or name, has all of the words."""
         quoted = " ".join('"' + word.replace('"', '""') + '"' for word in words.split())
         if not quoted:
             return []
-        with self._transaction() as db:
+        with self._reading() as db:
             sql = "SELECT rowid, snippet(found, 0, '', '', '…', 12) FROM found WHERE found MATCH ?"
             hits = dict(db.execute(sql, (quoted,)).fetchall())
-            heads = db.execute("SELECT name, head FROM sessions ORDER BY updated DESC").fetchall()
+            sql = "SELECT name, head FROM sessions WHERE hidden IS NULL ORDER BY updated DESC"
             found: list[tuple[str, str]] = []
-            for name, head in heads:
+            for name, head in db.execute(sql).fetchall():
                 at = next((i for i in self._line(db, head) if i in hits), None)
                 if at is not None:
                     found.append((name, hits[at]))
@@ -262,17 +190,19 @@ class SessionDB:
         Raises:
             ConfigError: There is none of this name, or one of the new name.
         """
-        known = self.info(name)
-        if not new.strip():
-            raise ConfigError("a session needs a name")
+        _check_name(new)
         with self._transaction() as db:
+            self._known(db, name)
             if self._info(db, new) is not None:
                 raise ConfigError(f"there is a session {new!r} already")
             now = time.time()
-            columns = "name, system, settings, head, created, updated"
-            values = (new, known.system, json.dumps(known.settings), known.head, now, now)
-            db.execute(f"INSERT INTO sessions ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
-        return self.info(new)
+            same = "system, settings, template, date, head"
+            db.execute(
+                f"INSERT INTO sessions (name, {same}, created, updated) "
+                f"SELECT ?, {same}, ?, ? FROM sessions WHERE name = ? AND hidden IS NULL",
+                (new, now, now, name),
+            )
+            return self._known(db, new)
 
     def rename(self, name: str, new: str) -> None:
         """Call a session something else.
@@ -280,41 +210,117 @@ class SessionDB:
         Raises:
             ConfigError: There is none of this name, or one of the new name.
         """
-        self.info(name)
-        if not new.strip():
-            raise ConfigError("a session needs a name")
+        _check_name(new)
         try:
             with self._transaction() as db:
-                db.execute("UPDATE sessions SET name = ? WHERE name = ?", (new, name))
+                self._known(db, name)
+                db.execute("UPDATE sessions SET name = ? WHERE name = ? AND hidden IS NULL", (new, name))
         except sqlite3.IntegrityError:
             raise ConfigError(f"there is a session {new!r} already") from None
 
     def set_settings(self, name: str, settings: dict[str, Any]) -> None:
-        """Keep arguments of ``generate()`` with a session."""
+        """Keep arguments of ``generate()`` with a session.
+
+        Raises:
+            ConfigError: They are not numbers, words, and lists of them; or there is no such session.
+        """
         with self._transaction() as db:
-            db.execute("UPDATE sessions SET settings = ? WHERE name = ?", (json.dumps(settings), name))
+            self._known(db, name)
+            sql = "UPDATE sessions SET settings = ? WHERE name = ? AND hidden IS NULL"
+            db.execute(sql, (_json(settings), name))
+
+    # --- hiding and removing ---------------------------------------------------------------------------
+
+    def hide(self, name: str) -> None:
+        """Delete a session so that it can be brought back: it is neither listed nor found, and its name is free.
+
+        Raises:
+            ConfigError: There is none of this name.
+        """
+        with self._transaction() as db:
+            self._known(db, name)
+            db.execute("UPDATE sessions SET hidden = ? WHERE name = ? AND hidden IS NULL", (time.time(), name))
+
+    def unhide(self, name: str) -> SessionInfo:
+        """Bring a hidden session back; of several of one name, the one hidden last.
+
+        Returns:
+            The session. It has another name where its own was taken meanwhile: "trip (2)" for "trip".
+
+        Raises:
+            ConfigError: None of this name is hidden.
+        """
+        with self._transaction() as db:
+            sql = "SELECT id FROM sessions WHERE name = ? AND hidden IS NOT NULL ORDER BY hidden DESC, id DESC"
+            row = db.execute(sql, (name,)).fetchone()
+            if row is None:
+                raise ConfigError(f"no hidden session {name!r}")
+            free, number = name, 1
+            while self._info(db, free) is not None:
+                number += 1
+                free = f"{name} ({number})"
+            db.execute("UPDATE sessions SET name = ?, hidden = NULL WHERE id = ?", (free, row[0]))
+            return self._known(db, free)
+
+    def hidden(self) -> list[SessionInfo]:
+        """Return the hidden sessions, the last hidden first."""
+        with self._reading() as db:
+            rows = db.execute(f"{_INFO} WHERE hidden IS NOT NULL ORDER BY hidden DESC, id DESC").fetchall()
+        return [session_of(row) for row in rows]
+
+    def purge(self, name: str | None = None) -> int:
+        """Erase hidden sessions for good: all of them, or those of one name; return how many messages went."""
+        with self._transaction() as db:
+            where, values = ("", ()) if name is None else (" AND name = ?", (name,))
+            db.execute(f"DELETE FROM sessions WHERE hidden IS NOT NULL{where}", values)
+            gone = self._sweep(db)
+        self._erase()
+        return gone
 
     def remove(self, name: str) -> int:
-        """Delete a session and the messages no other session has; return how many messages went."""
-        self.info(name)
+        """Erase a session, and the messages no other session has, for good; return how many messages went.
+
+        Raises:
+            ConfigError: There is none of this name.
+        """
         with self._transaction() as db:
-            db.execute("DELETE FROM sessions WHERE name = ?", (name,))
-            heads = [row[0] for row in db.execute("SELECT head FROM sessions UNION SELECT head FROM moves")]
-            kept = {number for head in heads for number in self._line(db, head)}
-            all_of_them = [row[0] for row in db.execute("SELECT id FROM messages ORDER BY id DESC")]
-            gone = [number for number in all_of_them if number not in kept]
-            # Children have higher numbers than their parents, and go first.
-            db.executemany("DELETE FROM messages WHERE id = ?", [(number,) for number in gone])
-            db.execute("INSERT INTO found(found) VALUES ('rebuild')")  # an index keeps words it was told to delete
-        with self._lock, contextlib.suppress(sqlite3.OperationalError):  # another process is reading
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._known(db, name)
+            db.execute("DELETE FROM sessions WHERE name = ? AND hidden IS NULL", (name,))
+            gone = self._sweep(db)
+        self._erase()
+        return gone
+
+    def _kept(self, db: sqlite3.Connection) -> set[int]:
+        """Return the numbers of all messages that some branch of some session has."""
+        heads = [row[0] for row in db.execute("SELECT head FROM sessions UNION SELECT head FROM moves")]
+        return {number for head in heads for number in self._line(db, head)}
+
+    def _sweep(self, db: sqlite3.Connection) -> int:
+        """Delete the messages that no session has any more."""
+        kept = self._kept(db)
+        all_of_them = [row[0] for row in db.execute("SELECT id FROM messages ORDER BY id DESC")]
+        gone = [number for number in all_of_them if number not in kept]
+        # Children have higher numbers than their parents, and go first.
+        db.executemany("DELETE FROM messages WHERE id = ?", [(number,) for number in gone])
+        db.execute("INSERT INTO found(found) VALUES ('rebuild')")  # an index keeps words it was told to delete
         return len(gone)
+
+    def _erase(self) -> None:
+        """Leave no bytes of what was deleted in the file, where no other process is reading it."""
+        with self._reading() as db:
+            # Deleted rows are zeroed, but pages that SQLite moved them from, and the log, may still have them.
+            for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                with contextlib.suppress(sqlite3.OperationalError):
+                    db.execute(statement).fetchall()
 
     def heads(self, name: str) -> list[int]:
         """Return the ends of all branches a session is or was on."""
-        sql = "SELECT head FROM sessions WHERE name = ?1 UNION SELECT m.head FROM moves m JOIN sessions s "
-        with self._transaction() as db:
-            rows = db.execute(sql + "ON s.id = m.session WHERE s.name = ?1", (name,)).fetchall()
+        sql = (
+            "SELECT head FROM sessions WHERE name = ?1 AND hidden IS NULL UNION SELECT m.head FROM moves m "
+            "JOIN sessions s ON s.id = m.session WHERE s.name = ?1 AND s.hidden IS NULL"
+        )
+        with self._reading() as db:
+            rows = db.execute(sql, (name,)).fetchall()
         return [row[0] for row in rows if row[0] is not None]
 
     # --- messages --------------------------------------------------------------------------------------
@@ -323,17 +329,16 @@ class SessionDB:
         """Return the messages from the first to ``head``."""
         if head is None:
             return []
-        columns = "id, parent, role, content, meta, created, token_ids, text_kept, text_rest, ids_kept, ids_rest"
-        with self._transaction() as db:
+        with self._reading() as db:
             # A parent is always older than its children, so that numbers are in order.
             where = "WHERE id IN (SELECT id FROM line) ORDER BY id"
-            rows = db.execute(f"{_LINE} SELECT {columns} FROM messages {where}", (head,)).fetchall()
-        return [_message(row) for row in rows]
+            rows = db.execute(f"{_LINE} SELECT {MESSAGE_COLUMNS} FROM messages {where}", (head,)).fetchall()
+        return [message_of(row) for row in rows]
 
-    def add(self, name: str, messages: Sequence[Message], parent: int | None) -> int | None:
+    def add(self, name: str, messages: Sequence[Message], parent: int | None, date: str | None = None) -> int | None:
         """Add messages one after another below ``parent``, move the session there, and return the new head.
 
-        Numbers and parents of the messages given are ignored.
+        Numbers and parents of the messages given are ignored. ``date`` becomes the session's if it has none.
         """
         with self._transaction() as db:
             head = parent
@@ -355,34 +360,59 @@ class SessionDB:
                     ),
                 )
                 head = cursor.lastrowid
-            self._move(db, name, head)
+            known = self._known(db, name)
+            self._move(db, known, head, known.system, known.date or date)
         return head
 
     def move(self, name: str, head: int | None) -> None:
         """Make a message the last one of a session's current branch."""
         with self._transaction() as db:
-            self._move(db, name, head)
+            known = self._known(db, name)
+            self._move(db, known, head, known.system, known.date)
+
+    def set_beginning(self, name: str, *, system: str | None, date: str | None) -> None:
+        """Change what a conversation begins with; `undo` brings it back."""
+        with self._transaction() as db:
+            known = self._known(db, name)
+            self._move(db, known, known.head, system, date)
 
     @staticmethod
-    def _move(db: sqlite3.Connection, name: str, head: int | None) -> None:
-        db.execute("INSERT INTO moves (session, head) SELECT id, head FROM sessions WHERE name = ?", (name,))
-        db.execute("UPDATE sessions SET head = ?, updated = ? WHERE name = ?", (head, time.time(), name))
+    def _move(
+        db: sqlite3.Connection, known: SessionInfo, head: int | None, system: str | None, date: str | None
+    ) -> None:
+        db.execute(
+            "INSERT INTO moves (session, head, system, date) SELECT id, head, system, date FROM sessions "
+            "WHERE name = ? AND hidden IS NULL",
+            (known.name,),
+        )
+        db.execute(
+            "UPDATE sessions SET head = ?, system = ?, date = ?, updated = ? WHERE name = ? AND hidden IS NULL",
+            (head, system, date, time.time(), known.name),
+        )
 
     def undo(self, name: str) -> bool:
         """Take the last move of a session back; False when there is none left."""
         with self._transaction() as db:
             sql = (
-                "SELECT moves.id, moves.head FROM moves JOIN sessions ON sessions.id = moves.session "
-                "WHERE sessions.name = ? ORDER BY moves.id DESC LIMIT 1"
+                "SELECT m.id, s.id, m.head, m.system, m.date FROM moves m JOIN sessions s ON s.id = m.session "
+                "WHERE s.name = ? AND s.hidden IS NULL ORDER BY m.id DESC LIMIT 1"
             )
             row = db.execute(sql, (name,)).fetchone()
             if row is None:
                 return False
-            db.execute("UPDATE sessions SET head = ?, updated = ? WHERE name = ?", (row[1], time.time(), name))
+            sql = "UPDATE sessions SET head = ?, system = ?, date = ?, updated = ? WHERE id = ?"
+            db.execute(sql, (*row[2:], time.time(), row[1]))
             db.execute("DELETE FROM moves WHERE id = ?", (row[0],))
             return True
 
 
-def _message(row: Sequence[Any]) -> Message:
-    kept = (row[5], row[6] or b"", row[7], row[8], row[9], row[10] or b"")
-    return Message(row[0], row[1], row[2], row[3], json.loads(row[4]), *kept)
+def _check_name(name: str) -> None:
+    if not name.strip():
+        raise ConfigError("a session needs a name")
+
+
+def _json(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values)
+    except TypeError as error:
+        raise ConfigError(f"settings are numbers, words and lists of them: {error}") from None

@@ -17,12 +17,13 @@ import numpy as np
 
 from kvembed._keys import as_token_ids, common_prefix
 from kvembed._prompt import tokenize
+from kvembed._sessions.marks import Marks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvembed._keys import TokenIds
-    from kvembed._sessions.db import Message
+    from kvembed._sessions.messages import Message
 
 __all__ = ["History", "Prompt", "messages_of"]
 
@@ -58,10 +59,12 @@ class History:
     Args:
         tokenizer: The model's tokenizer.
         branch: The messages from the first on.
+        marks: Its special tokens, when they are known already.
     """
 
-    def __init__(self, tokenizer: Any, branch: Sequence[Message] = ()) -> None:
+    def __init__(self, tokenizer: Any, branch: Sequence[Message] = (), marks: Marks | None = None) -> None:
         self._tokenizer = tokenizer
+        self._marks = marks if marks is not None else Marks(tokenizer)
         self._anchors: list[_Anchor] = []
         self._text = ""
         self._stream: TokenIds = as_token_ids([])
@@ -79,9 +82,14 @@ class History:
         self._text, self._stream = text, stream
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the stream up to the last reply or document."""
-        return len(self._stream)
+    def stream(self) -> TokenIds:
+        """Ids up to the last reply or document, it included: what was computed last."""
+        return self._stream
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer's special tokens."""
+        return self._marks.special_ids
 
     @property
     def streams(self) -> list[TokenIds]:
@@ -113,9 +121,8 @@ class History:
         else:
             return None
         ids, end = anchor.reply, len(content)
-        special = set(self._tokenizer.all_special_ids)
         closing = len(ids)
-        while closing and int(ids[closing - 1]) in special:
+        while closing and int(ids[closing - 1]) in self._marks.special_ids:
             closing -= 1
         mark = self._tokenizer.decode(ids[closing:].tolist(), skip_special_tokens=False) if closing < len(ids) else ""
         if mark and rest[end:].startswith(mark):
@@ -129,16 +136,18 @@ class History:
         if start >= len(text):
             return as_token_ids([])
         if getattr(self._tokenizer, "is_fast", False):
-            # By itself the rest could begin otherwise: some tokenizers put a space before any text.
-            whole = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            starts = [offsets[0] for offsets in whole["offset_mapping"]]
+            # By itself the rest could begin otherwise: some tokenizers put a space before any text. But what comes
+            # before a special token has no part in how the text from there on is cut up.
+            first = self._marks.last_before(text, start)
+            shown = self._tokenizer(text[first:], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            starts = [offsets[0] + first for offsets in shown["offset_mapping"]]
             at = next((i for i, offset in enumerate(starts) if offset >= start), None)
             if at is not None and starts[at] == start:
-                return as_token_ids(whole["input_ids"][at:])
+                return as_token_ids(shown["input_ids"][at:])
         return tokenize(self._tokenizer, text[start:], special=False)
 
     def remember(self, message: Message, prompt: Prompt, reply: TokenIds) -> Message:
-        """Add an anchor; return the message with what has to be stored of it.
+        """Return a message, the next of this branch, with what has to be stored of it.
 
         Args:
             message: The reply, or a document (then without ids).
@@ -148,7 +157,6 @@ class History:
         stream = as_token_ids(np.concatenate([prompt.ids, reply]))
         text_kept = _common_text(self._text, prompt.text)
         ids_kept = common_prefix(self._stream, stream)
-        self._append(prompt.text, stream, message.content if message.role == "assistant" else "", reply)
         return replace(
             message,
             token_ids=reply.tobytes(),

@@ -10,25 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvembed import CachedModel, ConfigError, KVStore, PromptError, StoreError
-from kvembed._sessions.db import SessionDB
+from kvembed import CachedModel, ConfigError, KVStore, PromptError, SessionDB, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from kvembed import Reply
 
 BLOCK = 16
-
-
-@pytest.fixture
-def model(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Iterator[CachedModel]:
-    """A tiny model over a store."""
-    with KVStore(tmp_path / "store") as store:
-        cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=BLOCK, progress=False)
-        yield cached
-        cached.close()
 
 
 def plain(model: CachedModel, reply: Reply, new: int) -> list[int]:
@@ -248,7 +238,7 @@ def test_a_full_context(model: CachedModel) -> None:
 
 def test_settings_and_export(model: CachedModel) -> None:
     session = model.session("kept", system="Be kind.", settings={"repetition_penalty": 1.2})
-    session.configure(max_new_tokens=None, top_k=5)
+    session.set_settings(max_new_tokens=None, top_k=5)
     assert model.session("kept").settings == {"repetition_penalty": 1.2, "top_k": 5}
     session.send("Hello *there*", max_new_tokens=5)
     assert "Hello *there*" in session.export("md")

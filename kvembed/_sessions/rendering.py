@@ -1,0 +1,159 @@
+"""From the messages of a conversation to the prompt of its next turn: chat template, fixed date, context length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from kvembed._errors import PromptError
+from kvembed._keys import common_prefix
+from kvembed._prompt import MARK, context_length, split_at_mark
+from kvembed._sessions.history import History, Prompt, messages_of
+from kvembed._sessions.marks import Marks
+from kvembed._sessions.messages import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvembed._sessions.messages import SessionInfo
+
+__all__ = ["Beginning", "now", "Prepared", "Renderer"]
+
+_ROOM = 4
+"""When turns are dropped, one part in so many of the context is left free, so that the next turns need not drop."""
+
+
+def now() -> str:
+    """Return the local time to the second, as sessions keep it."""
+    return datetime.now().isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the prompt of every turn begins with.
+
+    Args:
+        system: System message, or None.
+        template: Arguments of the chat template.
+        date: What time the template is told that it is.
+    """
+
+    system: str | None
+    template: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+
+    @classmethod
+    def of(cls, info: SessionInfo) -> Beginning:
+        """Return that of a session; one without a message begins now."""
+        return cls(info.system, info.template, info.date or now())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt that is ready to be computed.
+
+    Args:
+        branch: The messages it has, from the first on.
+        beginning: What it begins with.
+        history: The tokens that were computed before.
+        prompt: The prompt.
+        dropped: Oldest turns that are left out of it.
+    """
+
+    branch: list[Message]
+    beginning: Beginning
+    history: History
+    prompt: Prompt
+    dropped: int
+
+
+class Renderer:
+    """Renders conversations with one model.
+
+    Args:
+        tokenizer: Its tokenizer, with a chat template.
+        hf_model: The transformers model.
+    """
+
+    def __init__(self, tokenizer: Any, hf_model: Any) -> None:
+        self._tokenizer = tokenizer
+        self._model = hf_model
+        self._marks = Marks(tokenizer)
+        self._known: tuple[list[int], History] = [], History(tokenizer, marks=self._marks)
+
+    def history(self, branch: Sequence[Message]) -> History:
+        """Return the history of those messages that are stored; it is kept for the next call."""
+        stored = [message for message in branch if message.id]
+        numbers = [message.id for message in stored]
+        if self._known[0] != numbers:
+            self._known = numbers, History(self._tokenizer, stored, self._marks)
+        return self._known[1]
+
+    def render(
+        self, branch: Sequence[Message], beginning: Beginning, *, skip_turns: int = 0, to_answer: bool = True
+    ) -> str:
+        """Return a branch as its chat template has it."""
+        # A template that asks for the date is told the session's: another one would change all tokens after it.
+        clock = datetime.fromisoformat(beginning.date)
+        return self._tokenizer.apply_chat_template(
+            messages_of(branch, beginning.system, skip_turns=skip_turns),
+            tokenize=False,
+            add_generation_prompt=to_answer,
+            **{"strftime_now": clock.strftime, **beginning.template},
+        )
+
+    def before_words(self, branch: Sequence[Message], beginning: Beginning, *, skip_turns: int = 0) -> str:
+        """Return what stands before the user's next words, whatever they are.
+
+        Raises:
+            ConfigError: The chat template leaves the user's words out.
+        """
+        said = Message(0, None, "user", MARK)
+        return split_at_mark(self.render([*branch, said], beginning, skip_turns=skip_turns))[0]
+
+    def prepare(
+        self, branch: list[Message], beginning: Beginning, max_new_tokens: int, *, may_drop: bool = False
+    ) -> Prepared:
+        """Return the prompt of a branch that ends with the user's words.
+
+        Args:
+            branch: The messages.
+            beginning: What it begins with.
+            max_new_tokens: Tokens to leave room for.
+            may_drop: Leave out the oldest turns when it does not fit.
+
+        Raises:
+            PromptError: It does not fit the context.
+        """
+        history = self.history(branch)
+        limit = context_length(self._model)
+        before = next((m.meta.get("dropped_turns", 0) for m in reversed(branch) if m.role == "assistant"), 0)
+        turns = sum(message.role == "user" for message in branch)
+        room = 0
+        for dropped in range(min(before, turns - 1), turns):
+            prompt = history.prompt(self.render(branch, beginning, skip_turns=dropped))
+            if limit is None or len(prompt.ids) + max_new_tokens + room <= limit:
+                return Prepared(branch, beginning, history, prompt, dropped)
+            if dropped == turns - 1:
+                if len(prompt.ids) + max_new_tokens <= limit:
+                    return Prepared(branch, beginning, history, prompt, dropped)
+                raise PromptError(f"this turn alone does not fit the context of {limit:,} tokens: shorten it")
+            room = limit // _ROOM
+            if not may_drop:
+                raise PromptError(self._too_long(branch, beginning, max_new_tokens, limit, len(prompt.ids)))
+        raise AssertionError("a branch that is answered has a turn")  # pragma: no cover
+
+    def _too_long(
+        self, branch: list[Message], beginning: Beginning, max_new_tokens: int, limit: int, tokens: int
+    ) -> str:
+        try:
+            found = self.prepare(branch, beginning, max_new_tokens, may_drop=True)
+        except PromptError as error:
+            return str(error)
+        again = len(found.prompt.ids) - common_prefix(found.history.stream, found.prompt.ids)
+        return (
+            f"the conversation has {tokens:,} tokens and {max_new_tokens:,} more are to be generated, but the context "
+            f'is {limit:,}: allow fewer tokens, delete turns, or open it with when_full="drop", which leaves out the '
+            f"{found.dropped} oldest turns and computes {again:,} tokens again, once"
+        )

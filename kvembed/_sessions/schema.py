@@ -1,0 +1,109 @@
+"""Tables of the file of sessions, as numbered migrations; a released one is never edited."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import TYPE_CHECKING
+
+from kvembed._errors import StoreError
+from kvembed._schema import statements
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["connect", "migrate"]
+
+_V1 = """
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    system TEXT,
+    settings TEXT NOT NULL DEFAULT '{}',
+    head INTEGER REFERENCES messages(id),
+    created REAL NOT NULL,
+    updated REAL NOT NULL
+);
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY,
+    parent INTEGER REFERENCES messages(id),
+    role TEXT NOT NULL,
+    content TEXT NOT NULL,
+    meta TEXT NOT NULL DEFAULT '{}',
+    created REAL NOT NULL,
+    token_ids BLOB,
+    text_kept INTEGER NOT NULL DEFAULT 0,
+    text_rest TEXT NOT NULL DEFAULT '',
+    ids_kept INTEGER NOT NULL DEFAULT 0,
+    ids_rest BLOB
+);
+CREATE INDEX messages_parent ON messages(parent);
+CREATE TABLE moves (
+    id INTEGER PRIMARY KEY,
+    session INTEGER NOT NULL REFERENCES sessions(id) ON DELETE CASCADE,
+    head INTEGER
+);
+CREATE VIRTUAL TABLE found USING fts5(content, content='messages', content_rowid='id');
+CREATE TRIGGER messages_added AFTER INSERT ON messages BEGIN
+    INSERT INTO found(rowid, content) VALUES (new.id, new.content);
+END;
+CREATE TRIGGER messages_removed AFTER DELETE ON messages BEGIN
+    INSERT INTO found(found, rowid, content) VALUES ('delete', old.id, old.content);
+END;
+"""
+_V2 = """
+-- A name is taken only among the sessions that are listed: a hidden one keeps its name for when it comes back.
+CREATE TABLE sessions_new (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    system TEXT,
+    settings TEXT NOT NULL DEFAULT '{}',
+    template TEXT NOT NULL DEFAULT '{}',
+    date TEXT,
+    head INTEGER REFERENCES messages(id),
+    created REAL NOT NULL,
+    updated REAL NOT NULL,
+    hidden REAL
+);
+INSERT INTO sessions_new (id, name, system, settings, head, created, updated)
+    SELECT id, name, system, settings, head, created, updated FROM sessions;
+DROP TABLE sessions;
+ALTER TABLE sessions_new RENAME TO sessions;
+CREATE UNIQUE INDEX sessions_listed ON sessions(name) WHERE hidden IS NULL;
+-- What a conversation begins with can be changed, and that be undone.
+ALTER TABLE moves ADD COLUMN system TEXT;
+ALTER TABLE moves ADD COLUMN date TEXT;
+UPDATE moves SET system = (SELECT system FROM sessions WHERE sessions.id = moves.session);
+"""
+_MIGRATIONS = (_V1, _V2)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the file, in autocommit mode."""
+    db = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA secure_delete = ON")  # what is deleted is gone from the file too
+    db.execute("PRAGMA journal_mode = WAL")
+    return db
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the tables to the newest version.
+
+    Raises:
+        StoreError: A newer kvembed has changed them.
+    """
+    # Tables are built anew, and what refers to them must not be deleted with the old ones.
+    db.execute("PRAGMA foreign_keys = OFF")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS):
+            raise StoreError(f"{path} was written by a newer kvembed (format {version}): upgrade kvembed")
+        for script in _MIGRATIONS[version:]:
+            for statement in statements(script):
+                db.execute(statement)
+        if version < len(_MIGRATIONS):
+            db.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
