@@ -26,7 +26,7 @@ import blake3
 import torch
 import xxhash
 
-from kvembed._weights import sample_view, scan, tensors_of, weights_checksum
+from kvembed._weights import kept_beside, sample_view, scan, tensors_of, weights_checksum
 
 __all__ = ["FORMAT", "Fingerprint", "adapter_refusal", "describe_difference"]
 
@@ -128,7 +128,7 @@ def _settings(module: torch.nn.Module) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (name, value)
         for name, value in module.__dict__.items()
-        if isinstance(value, int | float | str)
+        if isinstance(value, int | float | str | torch.dtype)
         and name[0] != "_"
         and name not in _NO_SETTINGS
         and getattr(kind, name, None) != value
@@ -229,7 +229,8 @@ class Fingerprint:
         attn, kinds, block_size = self._extra
         quantisation = getattr(model.config, "quantization_config", None)
         self._modules = _walk(model)
-        device = tensors_of(self._modules)[0].device
+        self._keepers = kept_beside(self._modules)
+        device = next(iter(tensors_of(self._modules, [])[0])).device
         processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
         self._tree = [(module, dict(module._modules)) for _, module in self._modules]
         self._states = _module_states(self._modules)
@@ -237,7 +238,7 @@ class Fingerprint:
         self._classes = {type(module): type(module).forward for _, module in self._modules}
         self._config = _config_text(model.config)
         self.fields: dict[str, str] = {
-            "weights": weights_checksum(model),
+            "weights": weights_checksum(self._modules, self._salt),
             "model_class": type(model).__qualname__,
             "name": str(getattr(model.config, "_name_or_path", "")),
             "config": blake3.blake3(self._config.encode()).hexdigest()[:32],
@@ -292,8 +293,8 @@ class Fingerprint:
         return f"{name} {self._patches.index(forward)} {self._salt}"
 
     def _remember(self) -> None:
-        tensors = tensors_of(self._modules)
-        self._seen = scan(tensors)
+        tensors, self._kept_settings, self._closed = tensors_of(self._modules, self._keepers)
+        self._seen = scan(tensors, self._closed)
         self._views = [sample_view(t) for t in tensors]
         self._sample = self._sampled()
 
@@ -312,13 +313,17 @@ class Fingerprint:
         # Adapters make thousands of modules: to look whether the tree is the same is much cheaper than to walk it.
         if any(module._modules != children for module, children in self._tree):
             return True
-        if tensors and (scan(tensors_of(self._modules)) != self._seen or self._sampled() != self._sample):
+        if tensors and self._tensors_changed():
             return True
         if _global_hook_ids() != self._global_hooks:
             return True
         if not _same_states(self._states) or any(kind.forward is not f for kind, f in self._classes.items()):
             return True
         return _config_text(self._model.config) != self._config
+
+    def _tensors_changed(self) -> bool:
+        tensors, settings, closed = tensors_of(self._modules, self._keepers)
+        return scan(tensors, closed) != self._seen or settings != self._kept_settings or self._sampled() != self._sample
 
     def refresh(self, attn_implementation: str) -> None:
         """Compute the full checksum again."""

@@ -1,11 +1,14 @@
 """The weights of a model as bytes: a checksum over all of them, and what a quick look at them can see.
 
-Packed tensors of quantised models are looked at as the tensors they are made of, and what a layer keeps beside its
-parameters (scales, packed weights) is read from where it is.
+Packed tensors of quantised models are looked at as the tensors they are made of. What a layer keeps beside its
+parameters (scales, packed weights) is read from where it is, and never through ``state_dict()``: that is for saving,
+and some layers change in it. bitsandbytes, on processors for which it packs 4-bit weights anew, unpacks them there and
+quantises their scales once more, so that the model computes something else from then on.
 """
 
 from __future__ import annotations
 
+import enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +18,46 @@ import xxhash
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["sample_view", "scan", "tensors_of", "weights_checksum"]
+__all__ = ["kept_beside", "sample_view", "scan", "tensors_of", "weights_checksum"]
 
 _SAMPLED_WORDS = 8
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_SAVES = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_QUANTISED_LAYERS = ("bitsandbytes.", "transformers.integrations.")
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+_SETTINGS = (bool, int, float, str, torch.dtype, torch.Size, enum.Enum)
+_OF_ONE_FORWARD = ("idx", "is_training")
+"""Where bitsandbytes notes something of the last input, beside its weights."""
+
+_Modules = list[tuple[str, torch.nn.Module]]
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all parameters and buffers once, with their names (tied ones under the first name)."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _tensors(modules: _Modules) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all parameters, then all buffers, once, with their names (tied ones under the first name)."""
+    seen: set[int] = set()
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def kept_beside(modules: _Modules) -> _Modules:
+    """Return the modules whose weights are not all parameters and buffers.
+
+    They tell by how they are saved, or are layers of a library that quantises. The attributes of others are left alone:
+    some note there what a forward has seen.
+    """
+    plain = torch.nn.Module
+    kinds = {type(module) for _, module in modules}
+    found = {
+        kind
+        for kind in kinds
+        if any(getattr(kind, name) is not getattr(plain, name) for name in _SAVES)
+        or kind.__module__.startswith(_QUANTISED_LAYERS)
+    }
+    return [(name, module) for name, module in modules if type(module) in found]
 
 
 def _flat_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -50,8 +84,13 @@ def _device_checksum(tensor: torch.Tensor) -> bytes:
     return int(total.item()).to_bytes(8, "little", signed=True) + tail
 
 
-def weights_checksum(model: torch.nn.Module) -> str:
-    """Return a hex checksum over all bytes of all parameters and buffers, and of what modules keep beside them."""
+def weights_checksum(modules: _Modules, salt: str) -> str:
+    """Return a hex checksum over all bytes of all parameters and buffers, and of what modules keep beside them.
+
+    Args:
+        modules: All modules and their names.
+        salt: Enters with what nobody can look into: KV made with it is for this process only.
+    """
     total = xxhash.xxh3_128()
 
     def add(name: str, tensor: torch.Tensor) -> None:
@@ -63,90 +102,163 @@ def weights_checksum(model: torch.nn.Module) -> str:
         else:
             total.update(_device_checksum(tensor))
 
-    seen = set()
-    for name, tensor in _tensors(model):
-        seen.update((name, id(tensor)))
-        parts, text = _parts(tensor)
-        total.update(text.encode())
-        for part in parts:
+    def add_parts(name: str, parts: _Parts) -> None:
+        for setting in parts.settings:
+            total.update("|".join(map(str, setting)).encode())
+        for part in parts.tensors:
             add(name, part)
-    # Quantised layers keep scales, or all of their weights, where only their state_dict() shows them.
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in seen or id(value) in seen:
-            continue
-        if isinstance(value, torch.Tensor) and not value.is_quantized:
-            add(name, value)
-        else:
-            total.update(f"{name}|{_quantised_text(value)}".encode())
+        if parts.closed:
+            total.update(f"{name}|{len(parts.closed)} of {salt}".encode())
+
+    seen: dict[int, Any] = {}
+    for name, tensor in _tensors(modules):
+        parts = _Parts(seen, unpack=True)
+        parts.add("", tensor)
+        add_parts(name, parts)
+    for name, module in kept_beside(modules):
+        parts = _Parts(seen, unpack=True)
+        parts.add_attributes(module)
+        add_parts(f"{name} keeps", parts)
     return total.hexdigest()
 
 
-def _quantised_text(value: Any) -> str:
-    """Write down what is not a plain tensor: weights that torch quantised itself, and settings."""
-    if isinstance(value, torch.Tensor):
-        data = _flat_bytes(value.dequantize())
-        return f"{value.dtype} {value.qscheme()} {tuple(value.shape)} {xxhash.xxh3_128_hexdigest(data.data)}"
-    if isinstance(value, tuple | list):
-        return str([_quantised_text(item) for item in value])
-    return str(value)
+class _Parts:
+    """The plain tensors that things are made of, settings that say how, and what cannot be looked into.
 
+    Nothing of a packed tensor shows an edit of its parts, neither version nor address; and what it shows as values does
+    not tell whether inputs are quantised too.
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-def _parts(tensor: torch.Tensor) -> tuple[list[torch.Tensor], str]:
-    """Return the plain tensors that a packed one is made of, and in words how.
-
-    Nothing of the whole shows an edit of its parts, neither version nor address; and what it shows as values does not
-    tell whether inputs are quantised too.
+    Args:
+        seen: Tensors and objects that were added before, by id; each is added once.
+        unpack: Take packed weights of torch's own quantised layers apart, which copies them.
     """
-    kind = type(tensor)
-    if kind in _PLAIN:
-        return [tensor], ""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, context = getattr(tensor, "__tensor_flatten__")()  # noqa: B009, for those that have it
-        inner = [_parts(getattr(tensor, name)) for name in names if getattr(tensor, name) is not None]
-        text = f"{kind.__qualname__}|{names}|{context}|{''.join(text for _, text in inner)}"
-        return [part for parts, _ in inner for part in parts], text
-    tensors, settings = _attached(tensor)
-    return [tensor, *tensors], f"{kind.__qualname__}|{settings}"
 
+    def __init__(self, seen: dict[int, Any], *, unpack: bool) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.settings: list[tuple[Any, ...]] = []
+        self.closed: list[Any] = []
+        self._seen = seen
+        self._unpack = unpack
 
-def _attached(owner: Any) -> tuple[list[torch.Tensor], list[str]]:
-    """Return tensors and settings among the attributes of an object, and of objects there."""
-    tensors: list[torch.Tensor] = []
-    settings: list[str] = []
-    for name, value in sorted(vars(owner).items()):
+    def add(self, name: str, value: Any) -> None:
+        """Add a value: a tensor, a setting, a container or an object of these."""
         if isinstance(value, torch.Tensor):
-            tensors.append(value)
-        elif isinstance(value, bool | int | float | str | torch.dtype | torch.Size):
-            settings.append(f"{name}={value}")
-        elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type):
-            more = _attached(value)
-            tensors += more[0]
-            settings += more[1]
-    return tensors, settings
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                self._add_tensor(value)
+        elif isinstance(value, _SETTINGS):
+            self.settings.append((name, value))
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                self.add(f"{name}.{key}", value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                self.add(name, item)
+        elif isinstance(value, torch.ScriptObject):
+            self._add_packed(name, value)
+        elif hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "to_dict"):
+            self.add_attributes(value)  # no module, no function, no config
+
+    def ignore(self, objects: dict[int, Any]) -> None:
+        """Take objects, by id, for added."""
+        self._seen.update(objects)
+
+    def add_attributes(self, owner: Any) -> None:
+        """Add what an object keeps in attributes, and objects there."""
+        if id(owner) in self._seen:
+            return
+        self._seen[id(owner)] = owner
+        for name, value in sorted(vars(owner).items()):
+            if name not in _OF_EVERY_MODULE and name not in _OF_ONE_FORWARD:
+                self.add(name, value)
+
+    def _add_tensor(self, tensor: torch.Tensor) -> None:
+        kind = type(tensor)
+        if kind in _PLAIN and tensor.layout is torch.strided:
+            if tensor.is_quantized:
+                self._add_quantised(tensor)
+            else:
+                self.tensors.append(tensor)
+        elif hasattr(tensor, "__tensor_flatten__"):
+            names, context = getattr(tensor, "__tensor_flatten__")()  # noqa: B009, for those that have it
+            self.settings.append((kind.__qualname__, names, context))
+            for name in names:
+                self.add(name, getattr(tensor, name))
+        elif tensor.layout is torch.strided and _has_memory(tensor):
+            self.settings.append((kind.__qualname__,))
+            self.tensors.append(tensor)
+            self.add_attributes(tensor)
+        else:
+            self.closed.append(tensor)
+
+    def _add_quantised(self, tensor: torch.Tensor) -> None:
+        """Add a tensor that torch quantised itself."""
+        self.settings.append((tensor.dtype, tensor.qscheme()))
+        if not self._unpack:
+            self.closed.append(tensor)  # a copy of it shows nothing
+        elif tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            self.settings.append((tensor.q_scale(), tensor.q_zero_point()))
+            self.tensors.append(tensor.int_repr())
+        else:
+            scales = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+            self.tensors += [tensor.int_repr(), *scales]
+
+    def _add_packed(self, name: str, value: Any) -> None:
+        """Add the weights of torch's own quantised layers, which lie in an object of C++."""
+        if not self._unpack:
+            self.closed.append(value)
+            return
+        try:
+            state = value.__getstate__()
+        except Exception:  # whatever an object of C++ may raise that cannot be saved
+            self.closed.append(value)
+        else:
+            parts = _Parts({}, unpack=True)  # copies: the next ones may come to lie at their address
+            parts.add(name, state)
+            self.tensors += parts.tensors
+            self.settings += parts.settings
+            self.closed += parts.closed
 
 
-def tensors_of(modules: list[tuple[str, torch.nn.Module]]) -> list[torch.Tensor]:
-    """Return all parameters and buffers once, packed ones as their parts."""
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # it only stands for others
+        return False
+    return True
+
+
+def tensors_of(modules: _Modules, keepers: _Modules) -> tuple[list[torch.Tensor], list[Any], list[Any]]:
+    """Return all parameters and buffers once, packed ones as their parts; their settings; what cannot be looked into.
+
+    Args:
+        modules: All modules.
+        keepers: What `kept_beside` found among them.
+    """
     tensors = {id(t): t for _, module in modules for t in module._parameters.values()}
     tensors |= {id(t): t for _, module in modules if module._buffers for t in module._buffers.values()}
-    found: list[torch.Tensor] = []
+    parts = _Parts({}, unpack=False)
     for tensor in tensors.values():
         if tensor is not None:
-            found += [tensor] if type(tensor) in _PLAIN else _parts(tensor)[0]
-    for _, module in modules:
-        if "state" in module.__dict__ and type(module).__module__.startswith("bitsandbytes."):
-            found += _attached(module.__dict__["state"])[0]  # the scales of int8
-    return found
+            if type(tensor) in _PLAIN and tensor.layout is torch.strided:
+                parts.tensors.append(tensor)
+            else:
+                parts.add("", tensor)
+    if keepers:
+        parts.ignore(tensors)
+        for _, module in keepers:
+            parts.add_attributes(module)
+    return parts.tensors, parts.settings, parts.closed
 
 
-def scan(tensors: list[torch.Tensor]) -> list[list[int]]:
+def scan(tensors: list[torch.Tensor], closed: list[Any]) -> list[list[int]]:
+    """Return what an edit of the tensors changes and costs nothing to look at: identities, versions, addresses."""
     return [
         [id(t) for t in tensors],
         [_version(t) for t in tensors],
         [t.data_ptr() if t.device.type != "meta" else 0 for t in tensors],
+        [id(item) for item in closed],
+        [_version(item) for item in closed if isinstance(item, torch.Tensor)],
     ]
 
 
@@ -157,7 +269,9 @@ def _version(tensor: torch.Tensor) -> int:
 
 def sample_view(tensor: torch.Tensor) -> np.ndarray | None:
     """Return a view of a few words spread over the tensor's memory, or None where the CPU cannot see it."""
-    if tensor.device.type != "cpu" or type(tensor.data) is not torch.Tensor or not tensor.is_contiguous():
+    if tensor.device.type != "cpu" or tensor.is_quantized or type(tensor.data) is not torch.Tensor:
+        return None
+    if not tensor.is_contiguous():
         return None
     flat = _flat_bytes(tensor)
     step = max(8, len(flat) // _SAMPLED_WORDS // 8 * 8)
