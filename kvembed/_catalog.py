@@ -252,6 +252,20 @@ class Catalog:
         )
         return [self._info(row) for row in self._query(sql, (key,))]
 
+    def subtree(self, keys: Iterable[bytes]) -> list[BlockInfo]:
+        """Return blocks and everything that follows them, as far as they are here, ends first."""
+        found: dict[bytes, BlockInfo] = {}
+        names = ", ".join(f"b.{name}" for name in _INFO.split(", "))
+        for key in keys:
+            if key not in found:
+                sql = (
+                    "WITH RECURSIVE down AS (SELECT key FROM blocks WHERE key = ? UNION "
+                    "SELECT b.key FROM down JOIN blocks b ON b.parent = down.key) "
+                    f"SELECT {names} FROM down JOIN blocks b ON b.key = down.key"
+                )
+                found |= {row[0]: self._info(row) for row in self._query(sql, (key,))}
+        return sorted(found.values(), key=lambda info: -info.start)
+
     def leaves_named(self, digits: str) -> list[bytes]:
         """Return the keys of blocks that none follows and whose hexadecimal form begins with ``digits``."""
         low, high = (bytes.fromhex(digits.ljust(64, fill)) for fill in "0f")

@@ -26,6 +26,8 @@ from kvembed._plan import Plan, Speeds, plan_of
 from kvembed._prefill import Prefill
 from kvembed._restore import Piece, Restore
 from kvembed._states import Snapshots
+from kvembed._stats import TierStats
+from kvembed._tree import LiveTokens
 from kvembed._wrapped import WrappedModel
 
 if TYPE_CHECKING:
@@ -355,6 +357,15 @@ class Engine:
         self._note_length(len(sequence.ids))
         self.live.add(sequence)
         self._account()
+
+    def live_tokens(self) -> list[LiveTokens]:
+        """Return what the live sequences hold, for `kvembed._tree`."""
+        size = self.spec.token_nbytes
+        return [LiveTokens(self._live_tier, self.root, live.ids, size) for live in self.live.of_root(self.root)]
+
+    def live_stats(self) -> TierStats:
+        """Return how full the live tier is; its blocks are sequences."""
+        return TierStats(self._live_tier, len(self.live), self.live.nbytes, self.live.max_bytes, 0, 0)
 
     def drop_live(self) -> None:
         """Forget the live sequences; their blocks stay stored."""

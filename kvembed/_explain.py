@@ -29,7 +29,7 @@ __all__ = ["explain_prompt", "miss_reason"]
 
 _LOST_HINTS = {
     "evicted": "It was evicted to keep the budget: raise max_disk_bytes, or pin what must stay.",
-    "removed": "It was removed with rm, prune or clear.",
+    "removed": "It was removed by hand: with rm, prune, evict or clear.",
     "quarantined": "Its file was damaged and set aside; kvembed verify shows the state of the store.",
 }
 _MEDIA_SIGN = " ⟨media⟩ "
@@ -81,6 +81,15 @@ def explain_prompt(
             here_offset=at,
             hint=hint,
         )
+    if media is None:
+        plan = engine.plan(found)
+        kept = max(plan.match.tokens - plan.front, 0)
+        if plan.reason is not None and kept < position:
+            here, at = context(ids.tolist(), kept, decode)
+            hint = f"{format_count(position)} tokens are stored. {plan.reason[0].upper()}{plan.reason[1:]}."
+            return Explanation(
+                "recomputed", kept, len(ids), kept, nearest_tokens=position, here=here, here_offset=at, hint=hint
+            )
     if position >= len(ids) - 1:
         return Explanation("hit", position, len(ids), position, nearest_tokens=position)
     lost = _lost(engine, found)

@@ -6,7 +6,9 @@ bytes of block keys, which are hashes of hashes; it is bounded, and what is forg
 
 from __future__ import annotations
 
+import collections
 import itertools
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ _LOG_BYTES = 1 << 20
 _LOG_CALLS = 5000
 _CALL_KEYS = 4096  # of the longest prompts only the beginning is logged: 1 M tokens
 _DAYS = 400
+_RECENT = 120
+_PAIR = struct.Struct("<II")
 _FEW = 50  # keys looked for one by one, which the database does a thousand times faster than Python
 
 
@@ -71,6 +75,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._sums: dict[tuple[str, str], float] = {}
         self._calls: list[tuple[float, bytes, int, bytes]] = []
+        self._recent: collections.deque[tuple[int, int]] = collections.deque(maxlen=_RECENT)
 
     def after_fork(self) -> None:
         """Make the ledger usable in a forked child; what waits to be written is the parent's."""
@@ -131,6 +136,24 @@ class Ledger:
         sql = "SELECT day, value FROM days WHERE name = ? AND day != '' ORDER BY day DESC LIMIT ?"
         return dict(self._catalog.select(sql, (name, count))[::-1])
 
+    # -- the latest calls --------------------------------------------------------------------------
+
+    def note_call(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Remember how much of a prompt was reused; `flush` writes it."""
+        most = (1 << 32) - 1
+        with self._lock:
+            self._recent.append((min(prompt_tokens, most), min(cached_tokens, most)))
+
+    def recent(self) -> list[tuple[int, int]]:
+        """Return prompt and reused tokens of the latest calls of all processes, oldest first."""
+        with self._lock:
+            waiting = list(self._recent)
+        known: list[tuple[int, int]] = []
+        if self._catalog is not None:
+            for (packed,) in self._catalog.select("SELECT value FROM meta WHERE name = 'recent_calls'"):
+                known = _pairs(packed)
+        return [*known, *waiting][-_RECENT:]
+
     # -- the log of calls ----------------------------------------------------------------------------
 
     def log_later(self, keys: Sequence[bytes], block_bytes: int = 0) -> None:
@@ -189,12 +212,19 @@ class Ledger:
         if catalog is None or not self._writable:
             return
         with self._lock:
-            sums, calls = self._sums, self._calls
-            if not sums and not calls:
+            sums, calls, recent = self._sums, self._calls, list(self._recent)
+            if not sums and not calls and not recent:
                 return
             self._sums, self._calls = {}, []
+            self._recent.clear()
         with catalog.transaction() as db:
             self._write(db, sums)
+            if recent:
+                # One value and not a table: the oldest go as new ones come, and none is ever looked for.
+                row = db.execute("SELECT value FROM meta WHERE name = 'recent_calls'").fetchone()
+                pairs = [*(_pairs(row[0]) if row else ()), *recent][-_RECENT:]
+                packed = b"".join(_PAIR.pack(*pair) for pair in pairs)
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('recent_calls', ?)", (packed,))
             for when, packed, nbytes, first in calls:
                 size = disk_usage(nbytes) if nbytes else 0
                 for (known,) in db.execute("SELECT file_bytes FROM blocks WHERE key = ?", (first,)):
@@ -210,6 +240,12 @@ class Ledger:
             if any(day for day, _ in sums):
                 last = "(SELECT DISTINCT day FROM days WHERE day != '' ORDER BY day DESC LIMIT 1 OFFSET ?)"
                 db.execute(f"DELETE FROM days WHERE day != '' AND day < {last}", (_DAYS - 1,))
+
+
+def _pairs(packed: object) -> list[tuple[int, int]]:
+    if not isinstance(packed, bytes) or len(packed) % _PAIR.size:
+        return []
+    return [(prompt, cached) for prompt, cached in _PAIR.iter_unpack(packed)]
 
 
 def _unpack(packed: bytes) -> tuple[bytes, ...]:

@@ -28,6 +28,7 @@ ExplanationKind: TypeAlias = Literal[
     "template_changed",
     "retokenized",
     "diverged",
+    "recomputed",
     "bypassed",
 ]
 """Why a prompt was not reused further than it was; ``hit`` when all that can be reused is there."""
@@ -45,6 +46,7 @@ _TITLES: dict[str, str] = {
     "template_changed": "text before unchanged text changed",
     "retokenized": "same text, other tokens",
     "diverged": "the text goes on differently",
+    "recomputed": "stored, but faster to compute than to load",
     "bypassed": "not cached for this model",
 }
 

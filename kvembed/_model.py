@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from kvembed._score import Score
     from kvembed._sessions.db import SessionDB
     from kvembed._sessions.session import Session
+    from kvembed._stats import TierStats
     from kvembed._store import KVStore
+    from kvembed._tree import PrefixTree
 
 __all__ = ["CachedModel"]
 
@@ -383,6 +385,26 @@ class CachedModel:
             blocks=blocks,
             lookup_s=found.seconds,
         )
+
+    def prefixes(self, sessions: SessionDB | None = None) -> PrefixTree:
+        """Return what the store holds as a tree, with what is live here; see `KVStore.prefixes`.
+
+        Args:
+            sessions: Sessions whose names are to stand beside what they use; by default none.
+        """
+        from kvembed._sessions.streams import known_texts
+
+        # Without the lock, which a generation holds all along: people look while it runs.
+        texts = known_texts(sessions) if sessions is not None else []
+        return self.store.prefixes(texts, self._engine.live_tokens() if self.support is None else [])
+
+    def tiers(self) -> tuple[TierStats, ...]:
+        """Return how full every tier is, fastest first.
+
+        On the CPU the ``live`` caches are counted in the budget of tier ``cpu`` too.
+        """
+        live = () if self.support is not None else (self._engine.live_stats(),)
+        return (*live, *self.store.stats().tiers)
 
     def forget(self, what: Any) -> ForgetReport:
         """Erase every stored block of a text that nothing else needs, with what was asked about it.

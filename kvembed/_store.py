@@ -387,6 +387,7 @@ class KVStore(StoreAdmin):
         if usage.bypass_reason is not None:
             return
         reused = {f"reused_{tier}": n for tier, n in usage.cached_tokens_by_tier.items()}
+        self._ledger.note_call(usage.prompt_tokens, usage.cached_tokens)
         self._ledger.add_later(calls=1, prompt_tokens=usage.prompt_tokens, saved_s=usage.saved_s or 0.0, **reused)
         if self._writable() is not None:
             self._writer.note_touches()

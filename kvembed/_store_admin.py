@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._eviction import choose
 from kvembed._forget import Eraser
-from kvembed._store_types import PruneReport, VerifyReport
+from kvembed._store_types import EvictReport, PruneReport, VerifyReport
 from kvembed._store_view import StoreView, explicit
 from kvembed._units import parse_bytes
 
@@ -129,6 +129,43 @@ class StoreAdmin(StoreView):
             # The log keeps them: pruned by age is not forgotten on purpose, and the curve of hit rates needs it.
             self._erase([row.info.key for row in chosen], traces=False)
         return PruneReport(len(chosen), nbytes, dry_run)
+
+    @explicit()
+    def evict(self, keys: Iterable[bytes], tier: str | None = None) -> EvictReport:
+        """Drop blocks and everything that follows them from one tier or from all, ends first.
+
+        Pinned blocks stay, and what leads to them. From memory alone nothing goes that waits for the disk; what is
+        pinned and nowhere else stays there too. Blocks that a call is reading stay readable to it.
+
+        Args:
+            keys: The blocks, such as those of a row of `prefixes`.
+            tier: ``"cpu"`` or ``"disk"``; None for both.
+
+        Raises:
+            ConfigError: There is no such tier.
+            StoreReadOnlyError: The store was opened read-only.
+        """
+        if tier not in (None, "cpu", "disk"):
+            raise ConfigError(f"blocks lie in the tiers 'cpu' and 'disk', not in {tier!r}")
+        self._begin_change()
+        keys = list(keys)
+        dropped: dict[bytes, int] = {}
+        spared = set[bytes]()
+        if self._disk is not None and tier != "cpu":
+            infos = {info.key: info for info in self._disk.catalog.subtree(keys)}
+            gone = self._disk.evict(infos)
+            dropped |= {key: infos[key].nbytes for key in gone}
+            spared |= infos.keys() - set(gone)
+            if self._cpu is not None:
+                self._cpu.left_disk(gone)
+        if self._cpu is not None and tier != "disk":
+            infos = {info.key: info for info in self._cpu.subtree(keys)}
+            pinned = {key for held in self.pins().values() for key in held} & infos.keys()
+            safe = self._disk.catalog.get(list(pinned)) if self._disk is not None else {}
+            gone = self._cpu.evict(infos, pinned - safe.keys())
+            dropped |= {key: infos[key].nbytes for key in gone}
+            spared |= infos.keys() - set(gone)
+        return EvictReport(len(dropped), sum(dropped.values()), len(spared))
 
     @explicit()
     def remove(self, what: str | bytes | Iterable[bytes]) -> int:
@@ -296,13 +333,20 @@ class StoreAdmin(StoreView):
     # -- checking ----------------------------------------------------------------------------------
 
     @explicit()
-    def verify(self, fix: bool = False, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    def verify(
+        self,
+        fix: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        keys: Iterable[bytes] | None = None,
+    ) -> VerifyReport:
         """Check the folder: every file read to its end, files against catalog and catalog against files.
 
         Args:
             fix: Repair what is wrong: bad files are quarantined, rows without files deleted, files without
                 rows entered, left-over temporary files deleted, modes made private.
             on_progress: Called with files done and files in all.
+            keys: Check these blocks only.
         """
         self._enter()
         if fix:
@@ -311,6 +355,8 @@ class StoreAdmin(StoreView):
             self._flush()
         if self._disk is None or self.path is None:
             return VerifyReport(0, 0)
-        from kvembed._verify import verify_folder
+        from kvembed._verify import verify_blocks, verify_folder
 
+        if keys is not None:
+            return verify_blocks(self._disk, list(keys), fix, on_progress)
         return verify_folder(self._disk, fix, on_progress)

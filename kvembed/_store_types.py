@@ -12,7 +12,7 @@ from kvembed._units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from kvembed._block import BlockInfo
 
-__all__ = ["PrefixEntry", "ProblemLog", "PruneReport", "StoredBlock", "VerifyReport"]
+__all__ = ["EvictReport", "PrefixEntry", "ProblemLog", "PruneReport", "StoredBlock", "VerifyReport"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,30 @@ class PruneReport:
     def __str__(self) -> str:
         """Return one line."""
         return f"{'would delete' if self.dry_run else 'deleted'} {self.blocks} blocks, {format_bytes(self.nbytes)}"
+
+
+@dataclass(frozen=True)
+class EvictReport:
+    """What `KVStore.evict` dropped.
+
+    Args:
+        blocks: Blocks dropped from at least one tier, states included.
+        nbytes: Bytes of their KV.
+        spared: Blocks that stay in a tier they were to leave: pinned, before such a block, or waiting for the disk.
+    """
+
+    blocks: int
+    nbytes: int
+    spared: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return one line."""
+        kept = f", {format_count(self.spared)} spared (pinned, or in use)" if self.spared else ""
+        return f"evicted {format_count(self.blocks)} blocks, {format_bytes(self.nbytes)}{kept}"
 
 
 @dataclass(frozen=True)

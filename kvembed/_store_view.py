@@ -19,7 +19,7 @@ from kvembed._store_types import PrefixEntry
 if TYPE_CHECKING:
     import threading
     from collections import OrderedDict
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from kvembed._admission import Admission
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvembed._store_types import ProblemLog
     from kvembed._tiers.cpu import CpuTier
     from kvembed._tiers.disk import DiskTier
+    from kvembed._tree import KnownText, LiveTokens, PrefixTree
     from kvembed._writer import Writer
 
 __all__ = ["StoreView", "explicit"]
@@ -231,6 +232,12 @@ class StoreView:
         return hit_curve(self._ledger.calls(), self._disk.max_bytes if self._disk is not None else None)
 
     @explicit()
+    def recent_hit_rates(self) -> list[float]:
+        """Return which part of its prompt each of the latest calls (of all processes, at most 120) did not compute."""
+        self._enter()
+        return [cached / prompt for prompt, cached in self._ledger.recent() if prompt]
+
+    @explicit()
     def written_by_day(self, days: int = 30) -> dict[str, int]:
         """Return the bytes of block files written on the latest days that had any, oldest first."""
         self._enter()
@@ -272,6 +279,25 @@ class StoreView:
         if sort == "tokens":
             entries.sort(key=lambda entry: -entry.n_tokens)
         return entries if limit is None else entries[:limit]
+
+    @explicit()
+    def prefixes(self, texts: Iterable[KnownText] = (), live: Iterable[LiveTokens] = ()) -> PrefixTree:
+        """Return what is stored as a tree, a run of blocks without a fork as one row; no text is read.
+
+        `CachedModel.prefixes` also knows which sessions use a row, and what is still live.
+
+        Args:
+            texts: Texts whose rows are to be labelled, by their token ids.
+            live: Caches of recent sequences that are still resident.
+        """
+        from kvembed._tree import build_tree
+
+        self._enter()
+        if self._catalog is not None:
+            self._catalog.flush_touches()
+        models = {digest: str(fields.get("name", "")) for digest, fields in self.namespaces().items()}
+        memory = list(self._in_memory().values())
+        return build_tree(self._catalog, memory, self.pins(), models, texts, live)
 
     def _ends_a_sequence(self, info: BlockInfo) -> bool:
         """False for a state in the middle of a sequence: tokens follow the prefix it belongs to."""

@@ -17,11 +17,11 @@ from kvembed._rebuild import block_files, read_row
 from kvembed._store_types import VerifyReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvembed._tiers.disk import DiskTier
 
-__all__ = ["verify_folder"]
+__all__ = ["verify_blocks", "verify_folder"]
 
 _TEMP_AGE_S = 60.0  # a younger temporary file may be one that another process is writing
 
@@ -65,13 +65,32 @@ def verify_folder(disk: DiskTier, fix: bool, on_progress: Callable[[int, int], N
         damage = sqlite3.DatabaseError(answer)
         findings.add(f"the catalog is damaged ({answer})", lambda: disk.catalog.note_damage(damage))
     for key in rows.keys() - present:
-        # Looked at again: another process may have evicted or written it meanwhile.
-        if disk.catalog.row(key) is not None and not disk.path(key).exists():
-            findings.add(
-                f"{key.hex()[:12]}: in the catalog, but its file is gone", lambda k=key: disk.catalog.delete([k])
-            )
+        _check_row(disk, key, findings)
     _check_modes(disk, files, findings)
     return VerifyReport(blocks, nbytes, tuple(findings.problems), findings.fixed)
+
+
+def verify_blocks(
+    disk: DiskTier, keys: Sequence[bytes], fix: bool, on_progress: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Check some blocks only; those that are not on disk are passed over."""
+    findings = _Findings(fix)
+    blocks = nbytes = 0
+    for done, key in enumerate(keys, 1):
+        size = _check_file(disk, disk.path(key), key, findings)
+        if size is not None:
+            blocks, nbytes = blocks + 1, nbytes + size
+        else:
+            _check_row(disk, key, findings)
+        if on_progress is not None:
+            on_progress(done, len(keys))
+    return VerifyReport(blocks, nbytes, tuple(findings.problems), findings.fixed)
+
+
+def _check_row(disk: DiskTier, key: bytes, findings: _Findings) -> None:
+    # Looked at now: another process may have evicted or written it since the catalog was listed.
+    if disk.catalog.row(key) is not None and not disk.path(key).exists():
+        findings.add(f"{key.hex()[:12]}: in the catalog, but its file is gone", lambda: disk.catalog.delete([key]))
 
 
 def _key_of(disk: DiskTier, path: Path) -> bytes | None:

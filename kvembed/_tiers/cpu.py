@@ -14,7 +14,7 @@ from kvembed._eviction import SECONDS_PER_TOKEN, worth
 from kvembed._keys import probe_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from kvembed._block import Block, BlockInfo, Layout
     from kvembed._keys import TokenIds
@@ -334,6 +334,46 @@ class CpuTier:
             for key in here:
                 self._drop(key)
             return len(here)
+
+    def subtree(self, keys: Iterable[bytes]) -> list[BlockInfo]:
+        """Return blocks and everything that follows them, as far as it is here, ends first."""
+        with self._lock:
+            order = list(dict.fromkeys(keys))
+            seen = set(order)
+            for key in order:
+                for child in self._children.get(key, ()):
+                    if child not in seen:
+                        seen.add(child)
+                        order.append(child)
+            found = [self._entries[key].block.info for key in order if key in self._entries]
+        return sorted(found, key=lambda info: -info.start)
+
+    def evict(self, keys: Iterable[bytes], spare: Collection[bytes] = ()) -> list[bytes]:
+        """Drop those of ``keys`` (ends first) that no block follows and that do not wait for the disk; return them.
+
+        Args:
+            keys: What to drop.
+            spare: Keys to pass over, with what is pinned here.
+        """
+        gone: list[bytes] = []
+        with self._lock:
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is None or entry.dirty or key in self._children or key in spare or key in self._pinned:
+                    continue
+                self._drop(key)
+                gone.append(key)
+        return gone
+
+    def left_disk(self, keys: Iterable[bytes]) -> None:
+        """Say that blocks are not on disk any more: to get them back would mean to compute them."""
+        with self._lock:
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is not None and entry.on_disk:
+                    entry.on_disk = False
+                    self._weigh(entry)
+                    self._offer(key)
 
     def clear(self) -> int:
         """Delete every block; return how many there were."""

@@ -343,6 +343,20 @@ class DiskTier:
                 removed += 1
         return removed
 
+    def evict(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Delete those of ``keys`` (ends first) that no block follows and no name pins; return them."""
+        gone: list[bytes] = []
+        for key in keys:
+            # Looked at in the transaction that deletes it: another process may just have added a block after it.
+            with self.catalog.transaction():
+                row = self.catalog.row(key)
+                if row is None or row.children or row.pins:
+                    continue
+                self.catalog.delete([key], "removed")
+            self._unlink(key)
+            gone.append(key)
+        return gone
+
     def clear(self) -> int:
         """Delete every block; return how many there were."""
         gone = self.remove([row.info.key for row in self.catalog.rows()])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from kvembed import KVStore
@@ -217,12 +218,48 @@ def test_verify_finds_and_fixes_a_damaged_block(run: Run, run_json: Run, filled:
     assert run("verify", "--dir", filled).exit_code == 0
 
 
+def test_tree_shows_rows_and_sessions(run: Run, run_json: Run, filled: Path) -> None:
+    from kvembed._sessions.db import SessionDB
+    from kvembed._sessions.messages import Message
+
+    with KVStore(filled) as store:
+        (keys,) = [row.keys for row in store.prefixes().rows if row.end == 48]
+        ids = np.concatenate([found for key in keys if (found := store.token_ids(key)) is not None])
+    db = SessionDB()
+    db.open("trip [b]")
+    reply = Message(0, None, "assistant", "secret words", ids_rest=ids.tobytes())
+    db.add("trip [b]", [Message(0, None, "user", "x"), reply], None)
+    db.close()
+    rows = {row["end"]: row for row in run_json("tree", "--dir", filled)}
+    assert (rows[48]["users"], rows[48]["names"], rows[48]["n_blocks"], rows[48]["parent"]) == (
+        ["trip [b]"],
+        [],
+        3,
+        None,
+    )
+    assert (rows[32]["users"], rows[32]["names"], rows[32]["model"]) == ([], ["report"], "tiny [bold]model[/bold]")
+    out = run("tree", "--dir", filled).stdout
+    for words in ("0–48", "3 blocks", "▒ disk", "in trip [b]", "pinned: report", "model[/bold]", rows[48]["id"]):
+        assert words in out, words
+    assert "secret" not in out
+    assert "The first 1 of 2 rows" in run("tree", "--dir", filled, "--limit", 1).stdout
+
+
+def test_tree_of_nothing(run: Run, run_json: Run, tmp_path: Path) -> None:
+    assert "No store" in run("tree", "--dir", tmp_path / "none").stdout
+    assert run_json("tree", "--dir", tmp_path / "none") == []
+    with KVStore(tmp_path / "empty"):
+        pass
+    assert "Nothing is stored" in run("tree", "--dir", tmp_path / "empty").stdout
+    assert not (tmp_path / "none").exists()
+
+
 def test_no_command_on_the_store_loads_torch(filled: Path) -> None:
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from kvembed._cli import app\n"
-        "for args in (['--help'], ['path'], ['ls'], ['stats'], ['verify']):\n"
+        "for args in (['--help'], ['path'], ['ls'], ['stats'], ['tree'], ['verify']):\n"
         "    extra = [] if args == ['--help'] else ['--dir', sys.argv[1]]\n"
         "    assert CliRunner().invoke(app, args + extra).exit_code == 0, args\n"
         "print({'torch', 'transformers'} & set(sys.modules))\n"

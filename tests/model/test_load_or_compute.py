@@ -55,6 +55,18 @@ def test_a_disk_that_is_slower_than_computing(lab: Lab, model: Any) -> None:
     assert cached.usage.miss_reason == "recomputed: faster than loading"
 
 
+def test_explain_says_that_computing_is_faster(lab: Lab, model: Any) -> None:
+    cached = lab.wrap(model)
+    on_disk(lab, cached)
+    set_speeds(cached, rate=100_000.0, loaded=10.0)
+    told = cached.explain(PROMPT)
+    assert (told.kind, told.position, told.cached_tokens) == ("recomputed", 0, 0)
+    assert told.nearest_tokens == cached.lookup(PROMPT).num_tokens
+    assert "faster" in str(told)
+    set_speeds(cached, rate=100.0, loaded=100_000.0)
+    assert cached.explain(PROMPT).kind == "hit"
+
+
 def test_a_fast_disk_is_read(lab: Lab, model: Any) -> None:
     cached = lab.wrap(model)
     on_disk(lab, cached)
