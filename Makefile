@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The tests also run other people's programs with kvembed inside: about 0.9 GB of packages.
 $(TOOLS): $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf,dev,clients,lm-eval]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[chat,gguf,dev,clients,lm-eval]'
 	@touch $@
 
 demo: $(READY)

@@ -17,7 +17,7 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "is_disabled", "make_private_dir", "models_dir", "sessions_file", "store_dir"]
+__all__ = ["cache_dir", "config_dir", "is_disabled", "make_private_dir", "models_dir", "sessions_file", "store_dir"]
 
 
 def _from_env(name: str) -> Path | None:
@@ -46,6 +46,15 @@ def store_dir() -> Path:
 def models_dir() -> Path:
     """Return the folder of converted models; it is not created."""
     return _from_env("KVEMBED_MODELS_DIR") or cache_dir() / "models"
+
+
+def config_dir() -> Path:
+    """Return the folder of settings people may edit; it is not created."""
+    if home := _from_env("KVEMBED_HOME"):
+        return home / "config"
+    import platformdirs
+
+    return platformdirs.user_config_path("kvembed", appauthor=False)
 
 
 def sessions_file() -> Path:

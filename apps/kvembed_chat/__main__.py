@@ -1,0 +1,7 @@
+"""``python -m kvembed_chat``."""
+
+from __future__ import annotations
+
+from kvembed_chat._cli import main
+
+main()

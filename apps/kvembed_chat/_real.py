@@ -1,0 +1,294 @@
+"""The engine over `CachedModel` and its sessions. torch and transformers are imported when a model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import warnings
+from dataclasses import fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from kvembed import ConfigError, KVEmbedWarning, KVStore, PromptError, Usage
+from kvembed._paths import is_disabled
+from kvembed._sessions.db import Message, SessionDB
+from kvembed_chat._engine import (
+    ContextFull,
+    Conversation,
+    Exchange,
+    ModelInfo,
+    Piece,
+    Preview,
+    Progress,
+    SessionItem,
+    Stopped,
+)
+from kvembed_chat._local_models import local_models
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from kvembed import CachedModel, Session
+    from kvembed_chat._engine import Ask, Event, ModelItem
+
+__all__ = ["RealEngine"]
+
+_MAX_NEW_TOKENS = 512
+_USAGE_FIELDS = {entry.name for entry in fields(Usage)}
+
+
+class RealEngine:
+    """Answers with a real model.
+
+    Args:
+        store: Folder of the KV; None for the user's cache folder.
+        on_warning: Called with kvembed's warnings (a damaged block, a full disk), from any thread.
+    """
+
+    def __init__(self, store: str | None = None, on_warning: Callable[[str], object] | None = None) -> None:
+        self._store_path = store
+        self.on_warning = on_warning
+        self._lock = threading.RLock()
+        self._model: CachedModel | None = None
+        self._info: ModelInfo | None = None
+        self._sessions: dict[str, Session] = {}
+        self._hidden: list[str] = []
+
+    @cached_property
+    def _db(self) -> SessionDB:
+        return SessionDB()
+
+    @cached_property
+    def _store(self) -> KVStore:
+        return KVStore(self._store_path) if self._store_path is not None else KVStore()
+
+    # --- models ----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> ModelInfo | None:
+        """The model that is loaded."""
+        return self._info
+
+    def models(self) -> list[ModelItem]:
+        """Return aliases and the models on this machine."""
+        return local_models()
+
+    def load(self, name: str, emit: Callable[[Event], None]) -> ModelInfo:
+        """Load and try a model."""
+        emit(Progress("load", what=name))
+        from kvembed import CachedModel
+        from kvembed._loading import load
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            emit(Progress(stage, done, total, name))
+
+        with self._warnings():
+            hf_model, tokenizer, resolved = load(name, on_progress=on_progress)
+            if not getattr(tokenizer, "chat_template", None):
+                raise ConfigError(
+                    f"{name} has no chat template: it continues text, and was not made for chats. Choose another model."
+                )
+            emit(Progress("load", what=f"{name}: trying it out"))
+            model = CachedModel(hf_model, tokenizer, store=self._store, progress=False)
+        with self._lock:
+            old, self._model = self._model, model
+            self._sessions.clear()
+        if old is not None:
+            old.drop_live()
+        from kvembed._prompt import context_length
+
+        detail = f"{str(hf_model.dtype).removeprefix('torch.')} · {hf_model.device}"
+        title = resolved.name.rstrip("/").rsplit("/", 1)[-1]
+        self._info = ModelInfo(name, title, context_length(hf_model), detail, model.support)
+        return self._info
+
+    @contextlib.contextmanager
+    def _warnings(self) -> Iterator[None]:
+        """Hand kvembed's warnings to the interface, and keep all others off the screen."""
+        with warnings.catch_warnings():
+
+            def show(message: Warning | str, category: type[Warning], *_args: Any, **_kwargs: Any) -> None:
+                if issubclass(category, KVEmbedWarning) and self.on_warning is not None:
+                    self.on_warning(str(message))
+
+            warnings.simplefilter("always", KVEmbedWarning)
+            warnings.showwarning = show
+            yield
+
+    # --- sessions --------------------------------------------------------------------------------------
+
+    def sessions(self, words: str = "") -> list[SessionItem]:
+        """Return sessions, the latest first."""
+        if words.strip():
+            found = [SessionItem(name, excerpt) for name, excerpt in self._db.search(words)]
+        else:
+            found = [SessionItem(info.name) for info in self._db.sessions()]
+        return [item for item in found if item.name not in self._hidden]
+
+    def open(self, name: str) -> Conversation:
+        """Return a session as it is now; no model is needed."""
+        info = self._db.info(name)
+        turns, pending = _turns(self._db.branch(info.head))
+        return Conversation(info.name, info.system, info.settings, turns, pending)
+
+    def create(self, name: str, system: str | None, settings: dict[str, Any]) -> None:
+        """Make a session; one that exists is left as it is."""
+        if all(info.name != name for info in self._db.sessions()):
+            self._db.open(name, system, settings)
+
+    def rename(self, name: str, new: str) -> None:
+        """Call a session something else."""
+        with self._lock:
+            self._db.rename(name, new)
+            self._sessions.pop(name, None)
+
+    def fork(self, name: str, new: str) -> None:
+        """Make a session that goes on from where another one is."""
+        self._db.fork(name, new)
+
+    def delete(self, name: str) -> None:
+        """Hide a session until `close`, which erases it."""
+        self._hidden.append(name)
+
+    def undelete(self, name: str) -> None:
+        """Bring a deleted session back."""
+        self._hidden.remove(name)
+
+    def set_system(self, name: str, system: str | None) -> None:
+        """Give a session another system message."""
+        raise ConfigError("the system message of a session that exists cannot be changed yet: begin a new one")
+
+    def set_settings(self, name: str, settings: dict[str, Any]) -> None:
+        """Give a session other arguments of ``generate()``."""
+        with self._lock:
+            self._db.set_settings(name, settings)
+            self._sessions.pop(name, None)
+
+    def _session(self, name: str) -> Session:
+        with self._lock:
+            if self._model is None:
+                raise ConfigError("no model is loaded: choose one with ctrl+o")
+            if name not in self._sessions:
+                self._sessions[name] = self._model.session(name, db=self._db)
+            return self._sessions[name]
+
+    def delete_turn(self, name: str, turn: int) -> None:
+        """Leave a turn out of a conversation."""
+        self._session(name).delete(turn)
+
+    def undo(self, name: str) -> bool:
+        """Take back the last change of a conversation."""
+        return self._db.undo(name)
+
+    def export(self, name: str, kind: str) -> str:
+        """Return a conversation as text."""
+        return self._session(name).export(kind)
+
+    # --- talking ---------------------------------------------------------------------------------------
+
+    def attach(self, name: str, path: Path, emit: Callable[[Event], None], stop: threading.Event) -> Usage:
+        """Compute a document and pin it."""
+
+        def progress(done: int, total: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            emit(Progress("prefill", done, total, path.name))
+
+        emit(Progress("prefill", what=path.name))
+        with self._warnings():
+            return self._session(name).attach(path, progress=progress)
+
+    def reply(self, name: str, ask: Ask, emit: Callable[[Event], None], stop: threading.Event) -> Exchange:
+        """Answer, piece by piece."""
+        session = self._session(name)
+        session.when_full = "drop" if ask.drop_oldest else "refuse"
+        new = int(session.settings.get("max_new_tokens", _MAX_NEW_TOKENS))
+        model = self._model
+        assert model is not None
+
+        def progress(done: int, total: int) -> None:
+            if stop.is_set():
+                raise Stopped
+            emit(Progress("prefill", done, total))
+
+        before = model.progress
+        model.progress = progress
+        try:
+            with self._warnings():
+                pieces = self._pieces(session, ask, new)
+                waited = time.perf_counter() - ask.sent_at if ask.sent_at else 0.0
+                with contextlib.closing(pieces):
+                    for piece in pieces:
+                        emit(Piece(piece))
+                        if stop.is_set():
+                            break
+        finally:
+            model.progress = before
+        turn = self.open(name).turns[-1]
+        if turn.usage is None:
+            return turn
+        # The time to the first token starts when the user sent it, not when the model was called.
+        usage = replace(turn.usage, ttft_s=turn.usage.ttft_s + waited, total_s=turn.usage.total_s + waited)
+        dropped = session.last.dropped_turns if session.last is not None else 0
+        return replace(turn, usage=usage, dropped_turns=dropped)
+
+    def _pieces(self, session: Session, ask: Ask, new: int) -> Any:
+        try:
+            if ask.kind == "regenerate":
+                return session.stream_regenerated(max_new_tokens=new)
+            if ask.kind == "edit" and ask.turn is not None:
+                return session.stream_edited(ask.turn, ask.text, max_new_tokens=new)
+            return session.stream(ask.text, max_new_tokens=new)
+        except PromptError as error:
+            full = None if ask.drop_oldest else self._full(session, ask, new)
+            if full is None:
+                raise
+            raise full from error
+
+    def _full(self, session: Session, ask: Ask, new: int) -> ContextFull | None:
+        """Return what leaving out the oldest turns would cost, or None when the context is not the problem."""
+        info, model = self._info, self._model
+        if info is None or info.context is None or model is None:
+            return None
+        return None
+
+    def preview(self, name: str | None, ask: Ask) -> Preview | None:
+        """Say what sending something would cost."""
+        model = self._model
+        if model is None or name is None or is_disabled():
+            return None
+        text = ask.text.strip() or "?"
+        found = self._session(name).preview(text, turn=ask.turn)
+        return Preview(found.prompt_tokens, found.num_tokens, dict(found.tokens_by_tier))
+
+    def close(self) -> None:
+        """Erase what was deleted, write what is pending."""
+        for name in self._hidden:
+            with contextlib.suppress(ConfigError):  # by another process
+                self._db.remove(name)
+        if self._model is not None:
+            self._model.close()
+        if "_store" in self.__dict__:
+            self._store.close()
+        if "_db" in self.__dict__:
+            self._db.close()
+
+
+def _turns(branch: Sequence[Message]) -> tuple[tuple[Exchange, ...], tuple[str, ...]]:
+    """Return the exchanges of a branch, and the documents that wait for the next one."""
+    turns: list[Exchange] = []
+    pending: tuple[str, ...] = ()
+    for message in branch:
+        if message.role == "document":
+            pending = (*pending, str(message.meta.get("name", "a document")))
+        elif message.role == "user":
+            turns.append(Exchange(message.content, finished=False, documents=pending))
+            pending = ()
+        elif turns:
+            known = {name: value for name, value in message.meta.items() if name in _USAGE_FIELDS}
+            finished = bool(message.meta.get("finished", True))
+            usage = Usage(**known) if known else None
+            turns[-1] = replace(turns[-1], reply=message.content, usage=usage, finished=finished)
+    return tuple(turns), pending
