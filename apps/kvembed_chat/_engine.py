@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
+class Stopped(Exception):
     """Work was stopped because the user asked for it, before there was anything to keep of it."""
 
 
@@ -62,7 +62,6 @@ class Piece:
 
 
 Event = Progress | Piece
-
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Preview:
     by_tier: dict[str, int] = field(default_factory=dict)
 
 
-class ContextFull(Exception):  # noqa: N818 - a question to the user
+class ContextFull(Exception):
     """A conversation does not fit the context any more.
 
     Args:
@@ -251,8 +250,8 @@ class Engine(Protocol):
         """Hide a session until `close`, which erases it."""
         ...
 
-    def undelete(self, name: str) -> None:
-        """Bring a deleted session back."""
+    def undelete(self, name: str) -> str:
+        """Bring a deleted session back; return its name, another one where its own was taken meanwhile."""
         ...
 
     def set_system(self, name: str, system: str | None) -> None:

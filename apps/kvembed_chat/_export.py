@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -34,12 +35,6 @@ def write_export(path: str, text: str) -> Path:
         FileExistsError: There is one of this name.
     """
     file = Path(path).expanduser().absolute()
-    with file.open("x", encoding="utf-8", opener=_private) as out:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
         out.write(text)
     return file
-
-
-def _private(path: str, flags: int) -> int:
-    import os
-
-    return os.open(path, flags, 0o600)

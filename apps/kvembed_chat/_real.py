@@ -10,11 +10,10 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvembed import ConfigError, KVEmbedWarning, KVStore, PromptError, Usage
+from kvembed import ConfigError, KVEmbedWarning, KVStore, SessionDB, Usage
 from kvembed._paths import is_disabled
-from kvembed._sessions.db import Message, SessionDB
+from kvembed._sessions.replies import exported
 from kvembed_chat._engine import (
-    ContextFull,
     Conversation,
     Exchange,
     ModelInfo,
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvembed import CachedModel, Session
+    from kvembed._sessions.messages import Message
     from kvembed_chat._engine import Ask, Event, ModelItem
 
 __all__ = ["RealEngine"]
 
-_MAX_NEW_TOKENS = 512
 _USAGE_FIELDS = {entry.name for entry in fields(Usage)}
 
 
@@ -54,7 +53,7 @@ class RealEngine:
         self._model: CachedModel | None = None
         self._info: ModelInfo | None = None
         self._sessions: dict[str, Session] = {}
-        self._hidden: list[str] = []
+        self._deleted: list[str] = []
 
     @cached_property
     def _db(self) -> SessionDB:
@@ -122,10 +121,8 @@ class RealEngine:
     def sessions(self, words: str = "") -> list[SessionItem]:
         """Return sessions, the latest first."""
         if words.strip():
-            found = [SessionItem(name, excerpt) for name, excerpt in self._db.search(words)]
-        else:
-            found = [SessionItem(info.name) for info in self._db.sessions()]
-        return [item for item in found if item.name not in self._hidden]
+            return [SessionItem(name, excerpt) for name, excerpt in self._db.search(words)]
+        return [SessionItem(info.name) for info in self._db.sessions()]
 
     def open(self, name: str) -> Conversation:
         """Return a session as it is now; no model is needed."""
@@ -150,21 +147,25 @@ class RealEngine:
 
     def delete(self, name: str) -> None:
         """Hide a session until `close`, which erases it."""
-        self._hidden.append(name)
+        self._db.hide(name)
+        with self._lock:
+            self._deleted.append(name)
+            self._sessions.pop(name, None)
 
-    def undelete(self, name: str) -> None:
-        """Bring a deleted session back."""
-        self._hidden.remove(name)
+    def undelete(self, name: str) -> str:
+        """Bring a deleted session back; return its name, another one where its own was taken meanwhile."""
+        found = self._db.unhide(name).name
+        with self._lock:
+            self._deleted.remove(name)
+        return found
 
     def set_system(self, name: str, system: str | None) -> None:
         """Give a session another system message."""
-        raise ConfigError("the system message of a session that exists cannot be changed yet: begin a new one")
+        self._db.set_beginning(name, system=system, date=self._db.info(name).date)
 
     def set_settings(self, name: str, settings: dict[str, Any]) -> None:
         """Give a session other arguments of ``generate()``."""
-        with self._lock:
-            self._db.set_settings(name, settings)
-            self._sessions.pop(name, None)
+        self._db.set_settings(name, settings)
 
     def _session(self, name: str) -> Session:
         with self._lock:
@@ -184,7 +185,8 @@ class RealEngine:
 
     def export(self, name: str, kind: str) -> str:
         """Return a conversation as text."""
-        return self._session(name).export(kind)
+        info = self._db.info(name)
+        return exported(info, self._db.branch(info.head), kind)
 
     # --- talking ---------------------------------------------------------------------------------------
 
@@ -204,7 +206,6 @@ class RealEngine:
         """Answer, piece by piece."""
         session = self._session(name)
         session.when_full = "drop" if ask.drop_oldest else "refuse"
-        new = int(session.settings.get("max_new_tokens", _MAX_NEW_TOKENS))
         model = self._model
         assert model is not None
 
@@ -217,7 +218,7 @@ class RealEngine:
         model.progress = progress
         try:
             with self._warnings():
-                pieces = self._pieces(session, ask, new)
+                pieces = _pieces(session, ask)
                 waited = time.perf_counter() - ask.sent_at if ask.sent_at else 0.0
                 with contextlib.closing(pieces):
                     for piece in pieces:
@@ -231,49 +232,34 @@ class RealEngine:
             return turn
         # The time to the first token starts when the user sent it, not when the model was called.
         usage = replace(turn.usage, ttft_s=turn.usage.ttft_s + waited, total_s=turn.usage.total_s + waited)
-        dropped = session.last.dropped_turns if session.last is not None else 0
-        return replace(turn, usage=usage, dropped_turns=dropped)
-
-    def _pieces(self, session: Session, ask: Ask, new: int) -> Any:
-        try:
-            if ask.kind == "regenerate":
-                return session.stream_regenerated(max_new_tokens=new)
-            if ask.kind == "edit" and ask.turn is not None:
-                return session.stream_edited(ask.turn, ask.text, max_new_tokens=new)
-            return session.stream(ask.text, max_new_tokens=new)
-        except PromptError as error:
-            full = None if ask.drop_oldest else self._full(session, ask, new)
-            if full is None:
-                raise
-            raise full from error
-
-    def _full(self, session: Session, ask: Ask, new: int) -> ContextFull | None:
-        """Return what leaving out the oldest turns would cost, or None when the context is not the problem."""
-        info, model = self._info, self._model
-        if info is None or info.context is None or model is None:
-            return None
-        return None
+        return replace(turn, usage=usage)
 
     def preview(self, name: str | None, ask: Ask) -> Preview | None:
         """Say what sending something would cost."""
         model = self._model
         if model is None or name is None or is_disabled():
             return None
-        text = ask.text.strip() or "?"
-        found = self._session(name).preview(text, turn=ask.turn)
-        return Preview(found.prompt_tokens, found.num_tokens, dict(found.tokens_by_tier))
+        found = self._session(name).preview(ask.text, turn=ask.turn, wait=False)
+        return None if found is None else Preview(found.prompt_tokens, found.num_tokens, dict(found.tokens_by_tier))
 
     def close(self) -> None:
         """Erase what was deleted, write what is pending."""
-        for name in self._hidden:
-            with contextlib.suppress(ConfigError):  # by another process
-                self._db.remove(name)
+        for name in self._deleted:
+            self._db.purge(name)
         if self._model is not None:
             self._model.close()
         if "_store" in self.__dict__:
             self._store.close()
         if "_db" in self.__dict__:
             self._db.close()
+
+
+def _pieces(session: Session, ask: Ask) -> Any:
+    if ask.kind == "regenerate":
+        return session.stream_regenerated()
+    if ask.kind == "edit" and ask.turn is not None:
+        return session.stream_edited(ask.turn, ask.text)
+    return session.stream(ask.text)
 
 
 def _turns(branch: Sequence[Message]) -> tuple[tuple[Exchange, ...], tuple[str, ...]]:
@@ -288,7 +274,11 @@ def _turns(branch: Sequence[Message]) -> tuple[tuple[Exchange, ...], tuple[str, 
             pending = ()
         elif turns:
             known = {name: value for name, value in message.meta.items() if name in _USAGE_FIELDS}
-            finished = bool(message.meta.get("finished", True))
-            usage = Usage(**known) if known else None
-            turns[-1] = replace(turns[-1], reply=message.content, usage=usage, finished=finished)
+            turns[-1] = replace(
+                turns[-1],
+                reply=message.content,
+                usage=Usage(**known) if known else None,
+                finished=bool(message.meta.get("finished", True)),
+                dropped_turns=int(message.meta.get("dropped_turns", 0)),
+            )
     return tuple(turns), pending

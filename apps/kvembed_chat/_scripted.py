@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kvembed import ConfigError, PromptError, Usage
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Reply", "ScriptedEngine", "usage"]
 
 
+_TINY = ModelInfo("tiny", "Tiny", 8192, "float32 · cpu")
+
+
 def usage(prompt: int, by_tier: dict[str, int] | None = None, new: int = 24, **figures: Any) -> Usage:
     """Return a cost with plausible times, the same each time."""
     known = {"ttft_s": 0.18, "prefill_s": 0.17, "decode_s": 2.0, "total_s": 2.18, "saved_s": 5.9 if by_tier else None}
@@ -49,7 +52,7 @@ class Reply:
     """
 
     pieces: Sequence[str] = ("Hello", " there.")
-    usage: Usage = usage(40)
+    usage: Usage = field(default_factory=lambda: usage(40))
     prefill: Sequence[tuple[int, int]] = ()
     error: Exception | None = None
     finished: bool = True
@@ -74,7 +77,7 @@ class ScriptedEngine:
         self,
         replies: Iterable[Reply] = (),
         conversations: Iterable[Conversation] = (),
-        model: ModelInfo | None = ModelInfo("tiny", "Tiny", 8192, "float32 · cpu"),
+        model: ModelInfo | None = _TINY,
         context: int = 8192,
     ) -> None:
         self._replies = list(replies)
@@ -166,10 +169,11 @@ class ScriptedEngine:
         self.calls.append(("delete", name))
         self._hidden[name] = self._known.pop(name)
 
-    def undelete(self, name: str) -> None:
+    def undelete(self, name: str) -> str:
         """Bring back."""
         self.calls.append(("undelete", name))
         self._known = {name: self._hidden.pop(name), **self._known}
+        return name
 
     def set_system(self, name: str, system: str | None) -> None:
         """Note another system message."""

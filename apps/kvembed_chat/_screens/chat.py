@@ -35,6 +35,7 @@ _QUESTION = "Explain in three sentences what a KV cache is."
 class ChatScreen(VerbsScreen):
     """See the module."""
 
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 - as Textual declares it
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "back", "Stop", priority=True),
         Binding("ctrl+n", "new_session", "New", priority=True),
@@ -44,9 +45,6 @@ class ChatScreen(VerbsScreen):
         Binding("ctrl+o", "models", "Model", priority=True),
         Binding("ctrl+b,f3", "sidebar", "Sessions", show=False, priority=True),
         Binding("f4", "settings", "Settings", show=False),
-        Binding("alt+1", "suggestion(1)", show=False),
-        Binding("alt+2", "suggestion(2)", show=False),
-        Binding("alt+3", "suggestion(3)", show=False),
     ]
 
     def compose(self) -> ComposeResult:
@@ -217,11 +215,11 @@ class ChatScreen(VerbsScreen):
         else:
             self.run_worker(self.run_action(verb))
 
-    def action_suggestion(self, number: int) -> None:
-        """Pick a suggestion by its number."""
+    def on_prompt_left(self) -> None:
+        """Go to what is above an empty prompt."""
         empty = self.query_one(EmptyState)
         if empty.display:
-            empty.pick(number)
+            empty.choose()
 
     # --- actions ---------------------------------------------------------------------------------------
 

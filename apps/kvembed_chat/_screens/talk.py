@@ -203,8 +203,8 @@ class TalkScreen(Screen[None]):
             self._end(run)
 
     async def _reply(self, run: Run, name: str, ask: Ask) -> None:
-        turns = self.conversation.turns if self.conversation is not None else ()
-        pending = self.conversation.pending if self.conversation is not None else ()
+        assert self.conversation is not None
+        turns, pending = self.conversation.turns, self.conversation.pending
         if ask.kind == "regenerate":
             begun, keep = Exchange(turns[-1].user, documents=turns[-1].documents), len(turns) - 1
         elif ask.kind == "edit" and ask.turn is not None:

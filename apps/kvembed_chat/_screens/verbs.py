@@ -132,9 +132,9 @@ class VerbsScreen(TalkScreen):
             self.notify("Nothing was deleted since the start.")
 
     async def _undelete(self, name: str) -> None:
-        await in_thread(partial(self.engine.undelete, name))
+        found = await in_thread(partial(self.engine.undelete, name))
         self._deleted.remove(name)
-        await self.open_session(name)
+        await self.open_session(found)
 
     def action_export(self) -> None:
         """Write this session to a file."""

@@ -36,22 +36,22 @@ class EmptyState(Vertical):
         yield Static("kvembed-chat", id="welcome")
         yield Static("", id="about")
         yield OptionList(id="suggestions", compact=True)
-        yield Static("click one, or alt+1, alt+2, alt+3", id="how")
+        yield Static("down and enter choose one, or click", id="how")
 
     def show(self, about: str, suggestions: Sequence[tuple[str, str]]) -> None:
         """Show these suggestions: (action, label)."""
         self.query_one("#about", Static).update(Content(about))
         options = self.query_one(OptionList)
         options.clear_options()
-        options.add_options([Option(Content(f"{i + 1}  {label}"), id=action) for i, (action, label) in enumerate(suggestions)])
+        options.add_options(
+            [Option(Content(f"{i + 1}  {label}"), id=action) for i, (action, label) in enumerate(suggestions)]
+        )
 
-    def pick(self, number: int) -> None:
-        """Pick a suggestion by its number, from 1."""
+    def choose(self) -> None:
+        """Let the keys choose one."""
         options = self.query_one(OptionList)
-        if 1 <= number <= options.option_count:
-            action = options.get_option_at_index(number - 1).id
-            if action is not None:
-                self.post_message(self.Picked(action))
+        options.focus()
+        options.highlighted = 0
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Pick a suggestion."""

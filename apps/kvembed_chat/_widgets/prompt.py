@@ -53,6 +53,9 @@ class Prompt(TextArea):
         files: list[Path]
         raw: str
 
+    class Left(Message):
+        """Down was pressed in an empty box."""
+
     class Completing(Message):
         """The word at the cursor may be the name of one of these files; none: it is not."""
 
@@ -135,10 +138,13 @@ class Prompt(TextArea):
             event.stop()
             event.prevent_default()
             return
-        if event.key == "down" and self.cursor_at_last_line and self._later():
-            event.stop()
-            event.prevent_default()
-            return
+        if event.key == "down" and self.cursor_at_last_line:
+            if self._later():
+                event.stop()
+                event.prevent_default()
+                return
+            if not self.text:
+                self.post_message(self.Left())
         await super()._on_key(event)
 
     def _earlier(self) -> bool:

@@ -9,14 +9,13 @@ from textual.containers import VerticalScroll
 from textual.message import Message
 from textual.widgets import Static
 
-from kvembed_chat._engine import Exchange
 from kvembed_chat._widgets.turn import TurnView
 
 if TYPE_CHECKING:
     from textual import events
     from textual.binding import BindingType
 
-    from kvembed_chat._engine import Conversation
+    from kvembed_chat._engine import Conversation, Exchange
 
 __all__ = ["Transcript"]
 

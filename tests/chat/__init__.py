@@ -1,0 +1,1 @@
+"""Tests of the chat app; a package only so that its files share ``_pilot``."""
