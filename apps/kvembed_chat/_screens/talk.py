@@ -233,6 +233,7 @@ class TalkScreen(Screen[None]):
             items = await in_thread(self.engine.sessions)
             self.current = free_name(name_from(first_words), {item.name for item in items})
             await in_thread(partial(self.engine.create, self.current, self.draft_system, self.draft_settings))
+            self.session_changed()
         if self.conversation is None:
             self.conversation = await in_thread(partial(self.engine.open, self.current))
         return self.current
