@@ -12,8 +12,8 @@ export PIP_NO_INPUT := 1
 
 help:
 	@echo "make demo    a real model answers questions about a long document: cold, warm, and in a new process"
-	@echo "make test    lint, type check and tests"
-	@echo "make test-oldest  tests with the oldest transformers that is supported"
+	@echo "make test    lint, type check and tests, some with the oldest transformers that is supported"
+	@echo "make test-oldest  more tests with that one; VERSION=5.21.0 for another"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  format the sources"
 	@echo "make bench   cold against warm on this machine"
@@ -33,11 +33,13 @@ $(TOOLS): $(READY)
 demo: $(READY)
 	$(BIN)/kvembed demo $(ARGS)
 
+# Ends with the oldest transformers, unless only some tests are asked for.
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,env -u VERSION BIN=$(BIN) .ci/versions quick)
 
-test-oldest:
-	PYTHON="$(PYTHON)" .ci/versions
+test-oldest: $(TOOLS)
+	BIN=$(BIN) .ci/versions
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ import blake3
 import torch
 import xxhash
 
+from kvembed._compiled import is_compiled
 from kvembed._weights import kept_beside, sample_view, scan, tensors_of, weights_checksum
 
 __all__ = ["FORMAT", "Fingerprint", "adapter_refusal", "describe_difference"]
@@ -215,6 +216,8 @@ class Fingerprint:
     Attributes:
         fields: Readable parts, each a string; compared to say *why* another model's blocks do not serve.
         digest: 32 bytes, BLAKE3 over ``fields``.
+        compiled: Whether the model, or a part of it, was compiled in place. To look means a walk over all modules,
+            and `changed` sees it change.
     """
 
     def __init__(self, model: Any, attn_implementation: str, cache_kinds: list[str], block_size: int) -> None:
@@ -234,6 +237,7 @@ class Fingerprint:
         processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
         self._tree = [(module, dict(module._modules)) for _, module in self._modules]
         self._states = _module_states(self._modules)
+        self.compiled = is_compiled(model)
         self._global_hooks = _global_hook_ids()
         self._classes = {type(module): type(module).forward for _, module in self._modules}
         self._config = _config_text(model.config)

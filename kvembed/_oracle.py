@@ -351,8 +351,9 @@ def static_refusal(model: Any) -> str | None:
         return "encoder-decoder model: the prompt is in the encoder"
     for module in model.modules():
         # A long prompt may have outliers that the trial's few tokens lack, and in half precision rounding hides them.
-        threshold = getattr(getattr(module, "state", None), "threshold", 0)
-        if threshold and type(module).__module__.startswith("bitsandbytes."):
+        state = vars(module).get("state")
+        threshold = getattr(state, "threshold", 0) if type(module).__module__.startswith("bitsandbytes.") else 0
+        if threshold:
             return (
                 f"bitsandbytes int8 with llm_int8_threshold={threshold:g}: which inputs are outliers depends on all "
                 "tokens of a forward, so KV cannot be reused exactly (with 0 it can)"

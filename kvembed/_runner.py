@@ -20,7 +20,6 @@ from kvembed._audit import Auditor
 from kvembed._batch import new_tokens, rows_of_batch, servable_batches
 from kvembed._bypass import bypass_reason, copies_of_prompt, generation_value, input_ids_of, is_assisted, is_draft
 from kvembed._call import PromptOnceStreamer, Watch, first_step, with_watch
-from kvembed._compiled import is_compiled
 from kvembed._errors import CacheBypassWarning, StoreClosedError, StoreWarning
 from kvembed._explain import miss_reason
 from kvembed._keys import as_token_ids
@@ -102,7 +101,6 @@ class Runner:
         if refusal is None:
             try:
                 self.engine.check_identity()
-                self.engine.wrapped.forget_media()
                 if self.engine.wrapped.stepwise and generation_value(self._model, config, kwargs, "prefill_chunk_size"):
                     return self._pass_through(request, _WRONG_CHUNKS)
                 if is_draft(config) and self.engine.spec.has_state:
@@ -127,6 +125,7 @@ class Runner:
             streamer = PromptOnceStreamer(streamer)
             request.kwargs = {**kwargs, "streamer": streamer}
         for attempt in range(_ATTEMPTS):
+            self.engine.wrapped.forget_media()  # of earlier calls, and of an attempt that broke off
             try:
                 cold = attempt == _ATTEMPTS - 1
                 if prompt.shape[0] > 1:
@@ -158,7 +157,7 @@ class Runner:
         result = None
         try:
             attempt.copies = copies_of_prompt(self._model, request.generation_config, request.kwargs)
-            draft, compiled = is_draft(request.generation_config), is_compiled(self._model)
+            draft, compiled = is_draft(request.generation_config), engine.wrapped.compiled
             # A cache that is repeated for beams, rolled back by an assistant, or goes to compiled code as a stock one,
             # can be captured only before.
             attempt.is_given_away = attempt.copies > 1 or draft or compiled
@@ -241,7 +240,7 @@ class Runner:
         )
         skip = held if feeds_all else 0
         changed = first_step(self._model, skip=skip, replace=media) if skip or media else contextlib.nullcontext()
-        switch = contextlib.nullcontext() if is_compiled(self._model) else wrapped.switch.active()
+        switch = contextlib.nullcontext() if wrapped.compiled else wrapped.switch.active()
         with switch, changed:
             return self._model.generate(request.inputs, generation_config=request.generation_config, **arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ class WrappedModel:
 
     def _prepare(self) -> None:
         """Probe the cache, take the fingerprint, and try reuse once (or read how the trial ended before)."""
+        self._moving: list[Any] = [module for module in self.model.modules() if "rope_deltas" in vars(module)]
         cuda = [self.model.device] if self.model.device.type == "cuda" else []
         # With dropout (a model in training mode) the trial draws random numbers, which the caller must not notice.
         with torch.random.fork_rng(devices=cuda):
@@ -138,9 +140,8 @@ class WrappedModel:
         Qwen-VL models keep how far an image moved the positions, and add it to those of any later call whose cache
         is not empty: a text call of ours after an image call of the user's.
         """
-        for module in self.model.modules():
-            if getattr(module, "rope_deltas", None) is not None:
-                module.rope_deltas = None
+        for module in self._moving:
+            module.rope_deltas = None
 
     @property
     def wide_steps(self) -> bool | None:
@@ -166,6 +167,11 @@ class WrappedModel:
             and self.attn_implementation == "sdpa"
             and not any("expert" in name for name, _ in self.model.named_modules())
         )
+
+    @property
+    def compiled(self) -> bool:
+        """True when the model, or a part of it, was compiled in place, as of the last look for changes."""
+        return self.fingerprint is not None and self.fingerprint.compiled
 
     @property
     def stepwise(self) -> bool:
@@ -236,7 +242,9 @@ class WrappedModel:
         if "logits_to_keep" in self._forward_arguments:
             none = torch.empty(0, dtype=torch.long) if self._headless else 1
             arguments["logits_to_keep"] = logits or none
-        with torch.no_grad(), uncompiled(self.model):
+        # Before there is a fingerprint nobody has looked.
+        as_written = nullcontext() if self.fingerprint and not self.compiled else uncompiled(self.model)
+        with torch.no_grad(), as_written:
             if switch:
                 with self.switch.active():
                     return self.model(input_ids=ids, **arguments)

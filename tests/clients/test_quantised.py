@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.integrations.gguf.utils import GgufEmbedding, GgufLinear
 
-from tests.model._lab import BLOCK, Lab, assert_equal_bits, random_ids, run, run_full, tokens
+from tests.model._lab import BLOCK, Lab, assert_equal_bits, environment_of_a_child, random_ids, run, run_full, tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -291,6 +291,5 @@ def test_found_again_in_a_new_process(lab: Lab, folder: Path) -> None:
         "        print(tokens(run(cached, PROMPT)), cached.usage.cached_tokens_by_tier)\n"
     )
     command = [sys.executable, "-c", code, str(folder), str(lab.folder / "store"), *kinds]
-    repository = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=repository)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment_of_a_child())
     assert done.stdout.splitlines()[-2:] == [f"{text} {{'disk': {WHOLE}}}" for text in texts]

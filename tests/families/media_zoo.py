@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from kvembed.hf._compat import is_before
+
 from .media_items import (
     AUDIO,
     BREAK,
@@ -265,7 +267,7 @@ def _families() -> list[MediaFamily]:
                 model="VipLlavaForConditionalGeneration",
                 text_config=_LLAMA,
                 vision_config=_CLIP,
-                vision_feature_layer=[-1, -2],
+                **{"vision_feature_layers" if is_before((5, 23)) else "vision_feature_layer": [-1, -2]},
             ),
             partial(picture, size=28, tokens=4),
         ),

@@ -21,6 +21,7 @@ from kvembed._bypass import bypass_reason
 from kvembed._keys import as_token_ids, chain_keys
 from kvembed._media import MediaError, read_media
 from kvembed._media_trial import MediaVerdict
+from kvembed.hf._compat import is_before
 
 from .media_zoo import AUDIO, IMAGE, MEDIA, VIDEO, arguments_of, prompt, seeing, with_ids
 from .zoo import build
@@ -186,6 +187,8 @@ class Collector(BaseStreamer):
         self.pieces.append([])
 
 
+GEMMA_RESUMES = not is_before((5, 23))
+"""Older ones cut its token types for the mask where they go on, and then its pictures are computed anew."""
 SOME = ["qwen2_5_vl", "gemma3", "mistral3", "qwen2_audio"]
 
 
@@ -251,7 +254,8 @@ def test_deterministic_has_the_bits_of_cold(name: str, tmp_path: Path) -> None:
             if tier != "cold":
                 leave_only(cached, tier)
             logits.append(logits_of(run(cached, inputs)))
-            assert cached.usage.cached_tokens == (0 if tier == "cold" else 2 * BLOCK)
+            reused = tier != "cold" and (name != "gemma3" or GEMMA_RESUMES)
+            assert cached.usage.cached_tokens == (2 * BLOCK if reused else 0)
         cached.close()
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
@@ -540,7 +544,7 @@ def test_what_one_kind_of_call_shows_is_not_taken_for_another(tmp_path: Path) ->
         check(cached, seeing("gemma3"), inputs)
         ids = as_token_ids(inputs["input_ids"][0].numpy())
         known = cached._engine.wrapped.media_verdict
-        assert known(read_media(model.config, ids, inputs)) == MediaVerdict(True, True, None)
+        assert known(read_media(model.config, ids, inputs)) == MediaVerdict(True, GEMMA_RESUMES, None)
         del inputs["token_type_ids"]  # then a picture's tokens see only those before them
         assert known(read_media(model.config, ids, inputs)) == MediaVerdict()
         assert check(cached, seeing("gemma3"), inputs) <= 21

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "assert_close",
     "assert_equal_bits",
     "bits",
+    "environment_of_a_child",
     "random_ids",
     "run",
     "run_full",
@@ -31,6 +33,14 @@ def random_ids(n: int, seed: int = 0) -> torch.Tensor:
     """Return ``[1, n]`` token ids that are plain bytes (no special tokens)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 250, (1, n), generator=generator)
+
+
+def environment_of_a_child(**more: str) -> dict[str, str]:
+    """Return an environment in which another Python imports what this one does."""
+    root = str(Path(__file__).resolve().parents[2])
+    # Also the folder of another version of transformers, where this run has one.
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def cat(*parts: torch.Tensor) -> torch.Tensor:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from ._lab import BLOCK, Lab, assert_close, assert_equal_bits, bits, random_ids, run, run_full, tokens
+from ._lab import (
+    BLOCK,
+    Lab,
+    assert_close,
+    assert_equal_bits,
+    bits,
+    environment_of_a_child,
+    random_ids,
+    run,
+    run_full,
+    tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 PROMPT = random_ids(5 * BLOCK + 9)
 FOLLOW_UP = torch.cat([PROMPT, random_ids(9, seed=1)], dim=1)  # 6 blocks and 2 tokens
@@ -121,8 +131,7 @@ def test_bits_from_disk_in_another_process(lab: Lab, llama: Any, tmp_path: Path)
     cached.close()
     cached.store.close()
     arguments = [tmp_path / "model", tmp_path / "store", json.dumps(FOLLOW_UP[0].tolist()), tmp_path / "out.npz"]
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    environment = environment_of_a_child(PYTHONHASHSEED="7", OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", CHILD, *map(str, arguments)],
         capture_output=True,

@@ -6,7 +6,6 @@ Everything slow is done once for the module: the plain runs, and one pass over a
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ._lab import Lab, assert_equal_bits, join, random_ids, run, run_full, tokens
+from ._lab import Lab, assert_equal_bits, environment_of_a_child, join, random_ids, run, run_full, tokens
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 ALL_THREADS = True
@@ -144,7 +143,7 @@ json.dump(results, sys.stdout)
 
 def check_new_process(played: Played) -> None:
     new = NEW["new process"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONHASHSEED": "11"}
+    environment = environment_of_a_child(PYTHONHASHSEED="11")
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(played.model_folder), str(played.folder / "store"), str(new)],
         input=json.dumps([prompt[0].tolist() for prompt in played.prompts]),
