@@ -84,6 +84,7 @@ _CLIP = Sub("clip_vision_model", {"image_size": 28, "patch_size": 14, "projectio
 _QWEN_VISION = {"depth": 1, "out_hidden_size": 64, "patch_size": 4}
 _MM = {"mm_token_type_ids": {IMAGE: 1, VIDEO: 2, AUDIO: 3}}
 _LLAMA = Sub("llama")
+_TWO_LAYERS: dict[str, Any] = {"vision_feature_layers" if is_before((5, 23)) else "vision_feature_layer": [-1, -2]}
 
 
 def _qwen(name: str, model: str, text: Sub, vision: Sub, **options: Any) -> Row:
@@ -267,7 +268,7 @@ def _families() -> list[MediaFamily]:
                 model="VipLlavaForConditionalGeneration",
                 text_config=_LLAMA,
                 vision_config=_CLIP,
-                **{"vision_feature_layers" if is_before((5, 23)) else "vision_feature_layer": [-1, -2]},
+                **_TWO_LAYERS,
             ),
             partial(picture, size=28, tokens=4),
         ),
