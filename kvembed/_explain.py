@@ -235,7 +235,7 @@ def miss_reason(engine: Engine, found: Match, ids: TokenIds, cached: int) -> str
         return f"{lost} from token {format_count(cached)} on"
     if cached == 0:
         changed = _first_block_elsewhere(engine, ids)
-        return f"stored for another model ({changed})" if changed else "new prefix"
+        return f"model changed ({changed})" if changed else "new prefix"
     return f"new text from token {format_count(cached)} on"
 
 

@@ -28,6 +28,7 @@ COMMANDS: tuple[tuple[str, str, str], ...] = (
     ("Copy: code block", "Of the last reply; again for the block before it", "copy_code"),
     ("Document: attach", "Compute a text file once, and ask about it", "attach"),
     ("Model: choose", "Load another model (ctrl+o)", "models"),
+    ("Cache: look into it", "What is stored, in which tier; pin, evict, verify, forget (F2)", "cache"),
     ("View: sidebar", "Show or hide the sessions (ctrl+b)", "sidebar"),
 )
 """Title, help, and the screen's action."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvembed import Usage
+    from kvembed_chat._prefixes import PrefixSource
 
 __all__ = [
     "Ask",
@@ -216,6 +217,11 @@ class Engine(Protocol):
     @property
     def model(self) -> ModelInfo | None:
         """The model that is loaded."""
+        ...
+
+    @property
+    def prefixes(self) -> PrefixSource:
+        """What is cached, for the gauges and the inspector."""
         ...
 
     def models(self) -> list[ModelItem]:

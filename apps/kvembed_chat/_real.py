@@ -24,6 +24,7 @@ from kvembed_chat._engine import (
     Stopped,
 )
 from kvembed_chat._local_models import local_models
+from kvembed_chat._prefixes import StorePrefixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,7 @@ class RealEngine:
         self._store_path = store
         self.on_warning = on_warning
         self._lock = threading.RLock()
+        self._opened: KVStore | None = None
         self._model: CachedModel | None = None
         self._info: ModelInfo | None = None
         self._sessions: dict[str, Session] = {}
@@ -59,9 +61,17 @@ class RealEngine:
     def _db(self) -> SessionDB:
         return SessionDB()
 
-    @cached_property
+    @property
     def _store(self) -> KVStore:
-        return KVStore(self._store_path) if self._store_path is not None else KVStore()
+        with self._lock:  # the gauges may be first, or a model that is loaded
+            if self._opened is None:
+                self._opened = KVStore(self._store_path) if self._store_path is not None else KVStore()
+            return self._opened
+
+    @property
+    def prefixes(self) -> StorePrefixes:
+        """What is cached."""
+        return StorePrefixes(lambda: self._store, lambda: self._model, lambda: self._db)
 
     # --- models ----------------------------------------------------------------------------------------
 
@@ -248,8 +258,8 @@ class RealEngine:
             self._db.purge(name)
         if self._model is not None:
             self._model.close()
-        if "_store" in self.__dict__:
-            self._store.close()
+        if self._opened is not None:
+            self._opened.close()
         if "_db" in self.__dict__:
             self._db.close()
 

@@ -22,6 +22,7 @@ from kvembed_chat._engine import (
     SessionItem,
     Stopped,
 )
+from kvembed_chat._scripted_prefixes import ScriptedPrefixes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -71,6 +72,7 @@ class ScriptedEngine:
         gate: Every piece and step waits until this is set; tests clear it to stop the engine in the middle.
         waiting: Set while it waits at the gate.
         calls: Names and arguments of all calls that change something.
+        prefixes: What is cached.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class ScriptedEngine:
             ModelItem("gemma3-270m", "Gemma 3 270M (base)", "on this machine"),
         ]
         self.load_error: Exception | None = None
+        self.prefixes = ScriptedPrefixes()
         self.closed = False
 
     def _pass(self, stop: threading.Event | None = None) -> bool:

@@ -10,27 +10,11 @@ from kvembed._units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from kvembed import Usage
     from kvembed_chat._engine import ContextFull, Preview, Progress
 
-__all__ = ["context_question", "cost_line", "free_name", "name_from", "preview_line", "progress_line", "time_left"]
+__all__ = ["context_question", "free_name", "name_from", "preview_line", "progress_line", "time_left"]
 
 _STAGES = {"download": "Downloading", "convert": "Converting", "load": "Loading", "prefill": "Reading"}
-
-
-def cost_line(usage: Usage) -> str:
-    """Return what a reply cost, in one line."""
-    parts: list[str] = []
-    if usage.prompt_tokens:
-        where = " + ".join(usage.cached_tokens_by_tier) or "nothing"
-        share = 100 * usage.cached_tokens / usage.prompt_tokens
-        parts.append(f"{share:.1f} % cached ({where})")
-    if usage.ttft_s:
-        parts.append(f"TTFT {format_seconds(usage.ttft_s)}")
-    speed = usage.decode_tokens_per_second
-    if speed is not None:
-        parts.append(f"{speed:.1f} tok/s")
-    return " · ".join(parts)
 
 
 def time_left(done: int, total: int, first: int, seconds: float) -> float | None:

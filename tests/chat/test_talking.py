@@ -6,6 +6,7 @@ from kvembed_chat._app import ChatApp
 from kvembed_chat._engine import Conversation, Exchange
 from kvembed_chat._scripted import Reply, ScriptedEngine, usage
 from kvembed_chat._widgets.turn import TurnView
+from kvembed_chat._widgets.turn_bar import TurnBar
 from textual.widgets import Markdown, Static
 
 from ._pilot import until
@@ -33,7 +34,7 @@ async def test_a_message_is_answered_piece_by_piece() -> None:
         await until(pilot, lambda: app.chat.conversation and not app.chat.is_busy)
         (view,) = app.chat.transcript.views
         assert answer(view) == "It is **fine**."
-        assert "75.0 % cached (disk)" in str(view.query_one(".cost", Static).render())
+        assert "75.0 % cached" in str(view.query_one(TurnBar).render())
         assert app.chat.current == "hello"  # named after what was said first
         assert app.chat.prompt.text == ""
     assert ("send", "hello", "hello", None) in engine.calls

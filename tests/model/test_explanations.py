@@ -152,7 +152,7 @@ def test_other_model(lab: Lab, makers: dict[str, Callable[..., Any]], cached: Ca
     assert explanation.nearest_tokens == len(TEXT)
     run(other, torch.tensor([cached.tokenizer(TEXT)["input_ids"]]))
     assert other.usage.miss_reason is not None
-    assert other.usage.miss_reason.startswith("stored for another model (weights: ")
+    assert other.usage.miss_reason.startswith("model changed (weights: ")
 
 
 def test_several_differences_are_all_named(

@@ -93,8 +93,8 @@ def test_reasons(lab: Lab, llama: Any, makers: dict[str, Callable[..., Any]]) ->
     assert cached.usage.miss_reason == "removed from token 0 on"
     other = lab.wrap(makers["llama"](seed=3), store)
     run(other, PROMPT, 2)
-    assert str(other.usage.miss_reason).startswith("stored for another model (weights: ")
-    assert "not reused: stored for another model" in str(other.usage)
+    assert str(other.usage.miss_reason).startswith("model changed (weights: ")
+    assert "not reused: model changed" in str(other.usage)
 
 
 def test_evicted_is_said(lab: Lab, llama: Any) -> None:

@@ -11,12 +11,15 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Footer, Input, OptionList, Static
 
+from kvembed import KVEmbedError
 from kvembed_chat._engine import Ask
+from kvembed_chat._screens.inspector import InspectorScreen
 from kvembed_chat._screens.models import ModelScreen
 from kvembed_chat._screens.settings import SettingsScreen
 from kvembed_chat._screens.verbs import VerbsScreen
 from kvembed_chat._threads import in_thread
 from kvembed_chat._widgets.empty import EmptyState
+from kvembed_chat._widgets.gauges import TierGauges
 from kvembed_chat._widgets.prompt import Completions, Prompt
 from kvembed_chat._widgets.sidebar import Sidebar
 from kvembed_chat._widgets.status import Status
@@ -44,6 +47,7 @@ class ChatScreen(VerbsScreen):
         Binding("ctrl+f", "search", "Search", priority=True),
         Binding("ctrl+o", "models", "Model", priority=True),
         Binding("ctrl+b,f3", "sidebar", "Sessions", show=False, priority=True),
+        Binding("f2", "cache", "Cache"),
         Binding("f4", "settings", "Settings", show=False),
     ]
 
@@ -96,6 +100,19 @@ class ChatScreen(VerbsScreen):
         self.go(self._list(), "list", exclusive=True)
         self._show_title()
         self._show_empty()
+        self.show_gauges()
+
+    def show_gauges(self) -> None:
+        """Show how full the tiers are."""
+        if self.options.cached:
+            self.go(self._gauges(), "gauges", exclusive=True)
+
+    async def _gauges(self) -> None:
+        try:
+            tiers = await in_thread(lambda: self.engine.prefixes.tiers())
+        except KVEmbedError:  # a store that cannot be opened: loading a model says so
+            tiers = ()
+        self.query_one(TierGauges).show(tiers)
 
     async def _list(self) -> None:
         sidebar = self.query_one(Sidebar)
@@ -105,6 +122,7 @@ class ChatScreen(VerbsScreen):
         """Another model answers."""
         self._show_title()
         self._show_empty()
+        self.show_gauges()
         self.ask_preview()
 
     def mode_changed(self) -> None:
@@ -294,6 +312,15 @@ class ChatScreen(VerbsScreen):
         name = await self.app.push_screen_wait(ModelScreen(items, model.name if model is not None else None))
         if name is not None:
             self.load(name)
+
+    def action_cache(self) -> None:
+        """Look into the cache."""
+        self.app.push_screen(InspectorScreen(self.engine.prefixes), lambda _: self.cache_changed())
+
+    def cache_changed(self) -> None:
+        """Something may have been evicted."""
+        self.show_gauges()
+        self.ask_preview()
 
     def action_settings(self) -> None:
         """Change the system message and the sampling of this session."""

@@ -46,6 +46,7 @@ _TEXT = """\
 ## The rest
 | key | what it does |
 |---|---|
+| F2 | look into the cache: pin, evict, verify, forget |
 | ctrl+o | models |
 | F4 | system message and sampling of this session |
 | ctrl+p | all commands: export, themes, copy … |

@@ -11,6 +11,8 @@ from textual.message import Message
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from kvembed_chat._widgets.gauges import TierGauges
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -65,10 +67,11 @@ class Sidebar(Vertical):
         self._items: list[SessionItem] = []
 
     def compose(self) -> ComposeResult:
-        """A search box above the list."""
+        """A search box above the list, and how full the cache is below it."""
         yield Input(placeholder="/ search", id="search", compact=True)
         yield _Sessions(id="sessions", compact=True)
         yield Static("no session yet", id="no-sessions")
+        yield TierGauges()
 
     @property
     def words(self) -> str:

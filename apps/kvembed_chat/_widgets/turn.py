@@ -9,7 +9,7 @@ from textual.content import Content
 from textual.widgets import Collapsible, Markdown, Static
 
 from kvembed_chat._thinking import ThinkingSplitter, split_thinking
-from kvembed_chat._words import cost_line
+from kvembed_chat._widgets.turn_bar import TurnBar
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
@@ -51,7 +51,7 @@ class TurnView(Vertical):
         yield thinking
         yield Markdown(words, classes="answer", open_links=False)
         yield Static("", classes="note")
-        yield Static("", classes="cost")
+        yield TurnBar(self.exchange.usage)
 
     def on_mount(self) -> None:
         """Say what it cost, if that is known."""
@@ -109,11 +109,10 @@ class TurnView(Vertical):
             notes.append("stopped before the first word")
         elif not exchange.finished:
             notes.append("cut short")
-        note, cost = self.query_one(".note", Static), self.query_one(".cost", Static)
+        note = self.query_one(".note", Static)
         note.update(Content(f"— {' · '.join(notes)}") if notes else "")
         note.display = bool(notes)
-        cost.update(Content(cost_line(exchange.usage)) if exchange.usage is not None else "")
-        cost.display = exchange.usage is not None
+        self.query_one(TurnBar).show(exchange.usage)
 
 
 def _attached(documents: tuple[str, ...]) -> Content:
