@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from kvembed._eviction import work
-from kvembed._ledger import digest_of, today
+from kvembed._ledger import today
 from kvembed._units import format_bytes
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Admission:
         return False
 
     def _was_seen(self, key: bytes) -> bool:
-        return digest_of(key) in self._seen_before()
+        return self._ledger.digest_of(key) in self._seen_before()
 
     def _is_worth(self, info: BlockInfo) -> bool:
         """Weigh what a block would save when it comes back against the time of writing it."""
@@ -116,8 +116,8 @@ class Admission:
             again = [key for key in keys if key in self._held_back]
         if self.policy != "always":
             seen = self._seen_before()
-            again = [key for key in again if digest_of(key) in seen]
-            seen.update(digest_of(key) for key in keys)
+            again = [key for key in again if self._ledger.digest_of(key) in seen]
+            seen.update(self._ledger.digest_of(key) for key in keys)
         if self._spent_on == today():
             return []
         return again
@@ -178,4 +178,4 @@ class Admission:
             for key in keys:
                 self._held_back.discard(key)
                 if self._seen is not None:
-                    self._seen.discard(digest_of(key))
+                    self._seen.discard(self._ledger.digest_of(key))

@@ -7,6 +7,7 @@ fast as loading a tensor and copying it, and a single tensor can be read and che
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -15,21 +16,21 @@ import xxhash
 
 from kvembed._block import Block
 from kvembed._blockheader import BlockHeader, build_header, parse_header, parse_length
+from kvembed._codec import BLOCK_FILE, Codec
 from kvembed._errors import BlockFormatError, ConfigError
 from kvembed._files import disk_usage, open_regular, random_access, write_file
 from kvembed._keys import block_key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from kvembed._block import BlockInfo, Layout
+    from kvembed._codec import Decoded
     from kvembed._files import RandomAccess
     from kvembed._keys import TokenIds
 
 __all__ = ["BlockFileSource", "EncodedBlock", "open_block", "open_block_in", "read_block", "read_header", "read_ids"]
-
-_FIRST_READ = 16 << 10  # the header of a 30-layer model is 7 KB: one read gets it whole
 
 
 class EncodedBlock:
@@ -39,15 +40,18 @@ class EncodedBlock:
         block: The block.
         writer: Name and version of the program that writes.
         created: Unix time to record; now when None.
+        codec: The store's.
     """
 
-    def __init__(self, block: Block, writer: str, created: float | None = None) -> None:
+    def __init__(self, block: Block, writer: str, created: float | None = None, codec: Codec | None = None) -> None:
         if block.info.nbytes != block.data.nbytes or len(block.token_ids) != block.info.n_tokens:
             raise ConfigError("the block's bytes or token ids do not fit its layout and token count")
         self.block = block
         self.created = time.time() if created is None else created
         self._header = build_header(block, self.created, writer)
-        self.file_nbytes = len(self._header) + block.info.nbytes + 4 * block.info.n_tokens
+        self._codec = codec or Codec()
+        nbytes = len(self._header) + block.info.nbytes + 4 * block.info.n_tokens
+        self.file_nbytes = self._codec.file_nbytes(nbytes, len(self._header), self._part)
 
     @property
     def disk_nbytes(self) -> int:
@@ -55,13 +59,19 @@ class EncodedBlock:
         return disk_usage(self.file_nbytes)
 
     @property
-    def buffers(self) -> tuple[memoryview, ...]:
-        """The content of the file, piece by piece."""
-        return (memoryview(self._header), self.block.data.data, self.block.token_ids.data.cast("B"))
+    def _part(self) -> int:
+        """Bytes in which the KV is read: those of one head, or what divides the heads of all tensors."""
+        n = self.block.info.n_tokens
+        return math.gcd(*(spec.row_nbytes * n for spec in self.block.layout.tensors))
+
+    def buffers(self) -> Sequence[memoryview]:
+        """Return the content of the file, piece by piece."""
+        plain = (memoryview(self._header), self.block.data.data, self.block.token_ids.data.cast("B"))
+        return self._codec.encode(plain, len(self._header), self._part, BLOCK_FILE)
 
     def write(self, path: Path, *, sync: bool = False) -> None:
         """Write the file; see `kvembed._files.write_file`."""
-        write_file(path, self.buffers, sync=sync)
+        write_file(path, self.buffers(), sync=sync)
 
 
 _PART = 4 << 20  # bytes at a time where a file is only checked
@@ -77,8 +87,9 @@ def _checksum(buffers: Sequence[memoryview]) -> int:
     return state.intdigest()
 
 
-def _read_header(file: RandomAccess, size: int) -> BlockHeader:
-    first = file.read(min(_FIRST_READ, size), 0)
+def _read_header(decoded: Decoded) -> BlockHeader:
+    file, size, head = decoded
+    first = file.read(min(head, size), 0)
     length = parse_length(first, size)
     header = first[8 : 8 + length]
     if len(header) < length:
@@ -105,16 +116,17 @@ class BlockFileSource:
         file: The open file; closed with the source.
         header: Its checked header.
         token_ids: Its checked token ids.
+        file_nbytes: Size of the file.
     """
 
     tier = "disk"
 
-    def __init__(self, file: RandomAccess, header: BlockHeader, token_ids: TokenIds) -> None:
+    def __init__(self, file: RandomAccess, header: BlockHeader, token_ids: TokenIds, file_nbytes: int) -> None:
         self.info: BlockInfo = header.info
         self.layout: Layout = header.layout
         self.token_ids: TokenIds = token_ids
         self.created = header.created
-        self.file_nbytes = header.file_nbytes
+        self.file_nbytes = file_nbytes
         self._file = file
         self._header = header
 
@@ -191,13 +203,21 @@ class BlockFileSource:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, *, portable: bool = False, keep: bool = False, max_bytes: int | None = None):
+def _opened(
+    path: Path,
+    codec: Codec | None,
+    *,
+    portable: bool = False,
+    keep: bool = False,
+    max_bytes: int | None = None,
+) -> Iterator[tuple[RandomAccess, BlockHeader, int]]:
     fd, size = open_regular(path)
     file = random_access(fd, portable=portable)
     try:
         if max_bytes is not None and size > max_bytes:
             raise BlockFormatError(f"the file has {size:,} bytes, more than the whole store may take")
-        yield file, _read_header(file, size)
+        decoded = (codec or Codec()).decode(file, size, BLOCK_FILE)
+        yield decoded.file, _read_header(decoded), size
     except BaseException:
         file.close()
         raise
@@ -206,11 +226,14 @@ def _opened(path: Path, *, portable: bool = False, keep: bool = False, max_bytes
             file.close()
 
 
-def open_block(path: Path, *, portable: bool = False, max_bytes: int | None = None) -> BlockFileSource:
+def open_block(
+    path: Path, codec: Codec | None = None, *, portable: bool = False, max_bytes: int | None = None
+) -> BlockFileSource:
     """Open a block file; header and token ids are checked now, the KV as it is read.
 
     Args:
         path: The file.
+        codec: The store's.
         portable: Use the reading path that works on every system.
         max_bytes: Refuse a larger file: it may be one big hole, and say in its header that it is right.
 
@@ -219,36 +242,38 @@ def open_block(path: Path, *, portable: bool = False, max_bytes: int | None = No
         BlockFormatError: It must not be used; the message says why.
         OSError: It cannot be opened or read now.
     """
-    with _opened(path, portable=portable, keep=True, max_bytes=max_bytes) as (file, header):
-        return BlockFileSource(file, header, _read_ids(file, header))
+    with _opened(path, codec, portable=portable, keep=True, max_bytes=max_bytes) as (file, header, nbytes):
+        return BlockFileSource(file, header, _read_ids(file, header), nbytes)
 
 
-def open_block_in(file: RandomAccess, nbytes: int) -> BlockFileSource:
+def open_block_in(file: RandomAccess, nbytes: int, codec: Codec | None = None) -> BlockFileSource:
     """Open a block whose file is a part of another one; raises `BlockFormatError` like `open_block`.
 
     Args:
         file: Reads that part; closed with the source.
         nbytes: Its size.
+        codec: Of the file.
     """
-    header = _read_header(file, nbytes)
-    return BlockFileSource(file, header, _read_ids(file, header))
+    decoded = (codec or Codec()).decode(file, nbytes, BLOCK_FILE)
+    header = _read_header(decoded)
+    return BlockFileSource(decoded.file, header, _read_ids(decoded.file, header), nbytes)
 
 
-def read_header(path: Path) -> BlockHeader:
+def read_header(path: Path, codec: Codec | None = None) -> BlockHeader:
     """Return the checked header of a block file; raises like `open_block`."""
-    with _opened(path) as (_, header):
+    with _opened(path, codec) as (_, header, _):
         return header
 
 
-def read_ids(path: Path, *, max_bytes: int | None = None) -> TokenIds:
+def read_ids(path: Path, codec: Codec | None = None, *, max_bytes: int | None = None) -> TokenIds:
     """Return the checked token ids of a block file; raises like `open_block`."""
-    with _opened(path, max_bytes=max_bytes) as (file, header):
+    with _opened(path, codec, max_bytes=max_bytes) as (file, header, _):
         return _read_ids(file, header)
 
 
-def read_block(path: Path) -> Block:
+def read_block(path: Path, codec: Codec | None = None) -> Block:
     """Return a whole block, every byte checked; raises like `open_block`."""
-    source = open_block(path)
+    source = open_block(path, codec)
     try:
         return source.read_all()
     finally:

@@ -23,15 +23,25 @@ from typing import Any
 import xxhash
 
 from kvembed._block import Block, BlockInfo, Layout, TensorSpec
-from kvembed._errors import BlockFormatError
+from kvembed._errors import BlockFormatError, EncryptedBlockError
 
-__all__ = ["FORMAT_VERSION", "MAX_HEADER_BYTES", "BlockHeader", "build_header", "parse_header", "parse_length"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_HEADER_BYTES",
+    "SEALED_MAGIC",
+    "BlockHeader",
+    "build_header",
+    "parse_header",
+    "parse_length",
+]
 
 FORMAT_VERSION = 1
 """Version of the block file; another number is refused by name, and reading it is left to that version."""
 
 MAX_HEADER_BYTES = 2 << 20
 """Room for more than 10,000 tensors. JSON made to be large in memory grows some 25 times when it is parsed."""
+SEALED_MAGIC = b"KVEMSEAL"
+"""What an encrypted file begins with; no header is that long."""
 _MAX_TOKENS = 1 << 20
 _ALIGN = 64
 _NAME = re.compile(r"([0-9]{4,9})\.([A-Za-z0-9_]{1,64})")
@@ -138,6 +148,8 @@ def parse_length(prefix: bytes, file_nbytes: int) -> int:
     """
     if len(prefix) < 8:
         raise BlockFormatError("too short for a block file")
+    if prefix[:8] == SEALED_MAGIC:
+        raise EncryptedBlockError("it is encrypted, and can only be read with the key of its store")
     length = int.from_bytes(prefix[:8], "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, file_nbytes - 8):
         raise BlockFormatError("the header's length is impossible")

@@ -7,29 +7,22 @@ from them (`kvembed._rebuild`). It holds no token ids and no text: the probe tha
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sqlite3
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvembed._block import BlockInfo
-from kvembed._connections import Connections
+from kvembed._catalog_base import CatalogBase
 from kvembed._eviction import worth
-from kvembed._files import create_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
 
 __all__ = ["BlockRow", "Catalog", "Counters"]
 
 _CHUNK = 500  # keys in one statement; SQLite before 3.32 allows 999 variables
 _TOMBSTONES = 20_000
 _TRIM_EVERY = 200  # finding the oldest one to keep steps over all the others
-_BUSY_S = 5.0
 # What `kvembed._eviction` says, with what the catalog knows of the model.
 _PRIORITY = (
     "(SELECT value FROM meta WHERE name = 'age') + worth * "
@@ -62,7 +55,7 @@ class Counters:
     hit_tokens: int
 
 
-class Catalog:
+class Catalog(CatalogBase):
     """The table of blocks on disk.
 
     One connection for each thread and process: SQLite connections must not cross a fork, and threads that
@@ -73,148 +66,20 @@ class Catalog:
         create: Create it when it is missing; see `kvembed._rebuild.open_or_rebuild`.
         read_only: Open without writing anything.
         sync: Wait for the device at every commit.
+        codec: The store's: keys, models and pinned names are written as it has them.
 
     Raises:
         sqlite3.OperationalError: It is missing, locked, or may not be opened.
-        sqlite3.DatabaseError: The file is not a database.
+        sqlite3.DatabaseError: The file is not a database, or that of a store with another key or none.
         StoreFormatError: It was written by a newer version.
+        StoreKeyError: It is that of an encrypted store, and there is no key.
     """
 
-    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False, sync: bool = False) -> None:
-        self.path = path
-        self.read_only = read_only
-        self._connections = Connections(path, read_only=read_only, sync=sync)
-        self._deleted = _TRIM_EVERY
-        self._touch_lock = threading.Lock()
-        self._touched: dict[bytes, float] = {}
-        self._hits: dict[bytes, int] = {}
-        self._digests: dict[int, bytes] = {}
-        self._ids: dict[bytes, int] = {}
-        if create:
-            # SQLite would create it with the umask's mode; -wal and -shm take the mode of this file. Only
-            # when it is missing: closing any descriptor of an open database drops its locks on POSIX.
-            with contextlib.suppress(FileExistsError):
-                os.close(create_private(path))
-        with self._connections.use():
-            self._inode = path.stat().st_ino
-
-    # -- connections -------------------------------------------------------------------------------
-
-    def connection(self) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        """Give out this thread's connection, for the length of a ``with`` block."""
-        return self._connections.use()
-
-    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        # All rows at once: a statement left open would hold back checkpoints of the WAL.
-        with self._connections.use() as db:
-            return db.execute(sql, values).fetchall()
-
-    def select(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """Return all rows of a query."""
-        return self._query(sql, values)
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Run statements as one; others wait. Nested use joins the outer transaction."""
-        with self._connections.use() as db:
-            if db.in_transaction:
-                yield db
-                return
-            # IMMEDIATE: a transaction that starts by reading and then writes can fail with "locked" at
-            # once, without the busy timeout.
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    def after_fork(self) -> None:
-        """Make the catalog usable in a forked child; what waits to be written is the parent's."""
-        self._touch_lock = threading.Lock()
-        self._touched, self._hits = {}, {}
-
-    def note_damage(self, error: BaseException) -> None:
-        """Have the catalog made again at the next opening, if ``error`` says that it is damaged."""
-        # The subclasses mean something else: locked, disk full, a mistake in the statement.
-        if type(error) is sqlite3.DatabaseError and not self.read_only:
-            with contextlib.suppress(OSError):
-                # Not when another process has put a new one in place already.
-                if self.path.stat().st_ino == self._inode:
-                    os.close(create_private(self.damage_mark(self.path)))
-
-    @staticmethod
-    def damage_mark(path: Path) -> Path:
-        """Return the file whose presence says that the catalog at ``path`` is damaged."""
-        return path.with_name(f"{path.name}.damaged")
-
-    def close(self) -> None:
-        """Close the connections of every thread; harmless when repeated."""
-        self._connections.close()
-
-    # -- namespaces and notes ----------------------------------------------------------------------
-
-    def add_namespace(self, digest: bytes, fields: dict[str, Any] | None = None) -> int:
-        """Return the row id of a namespace, adding it or its fields when they are new."""
-        known = self._ids.get(digest)
-        if known is not None and fields is None:
-            return known
-        with self.transaction() as db:
-            row = db.execute("SELECT id, fields FROM namespaces WHERE digest = ?", (digest,)).fetchone()
-            text = json.dumps(fields or {}, sort_keys=True, default=str)
-            if row is None:
-                values = (digest, text, time.time())
-                cursor = db.execute("INSERT INTO namespaces (digest, fields, created) VALUES (?, ?, ?)", values)
-                number = int(cursor.lastrowid or 0)
-            else:
-                number = row[0]
-                if fields and row[1] != text:
-                    db.execute("UPDATE namespaces SET fields = ? WHERE id = ?", (text, number))
-        # Known only when committed: an id from a transaction that was rolled back would be reused.
-        with self._connections.use() as db:
-            if not db.in_transaction:
-                self._ids[digest] = number
-        return number
-
-    def namespaces(self) -> dict[bytes, dict[str, Any]]:
-        """Return the fields of every namespace by digest."""
-        rows = self._query("SELECT digest, fields FROM namespaces ORDER BY id")
-        return {bytes(digest): json.loads(fields) for digest, fields in rows}
-
-    def note(self, digest: bytes, name: str) -> Any | None:
-        """Return a value kept beside a namespace, or None."""
-        sql = "SELECT value FROM notes WHERE digest = ? AND name = ?"
-        rows = self._query(sql, (digest, name))
-        return json.loads(rows[0][0]) if rows else None
-
-    def set_note(self, digest: bytes, name: str, value: Any) -> None:
-        """Keep a JSON value beside a namespace; its prefill speed counts in eviction too."""
-        self._query("INSERT OR REPLACE INTO notes VALUES (?, ?, ?)", (digest, name, json.dumps(value)))
-        if name == "prefill_tokens_per_second" and isinstance(value, int | float) and value > 0:
-            self._query("UPDATE namespaces SET seconds_per_token = ? WHERE digest = ?", (1.0 / value, digest))
-
-    def spaces(self) -> dict[bytes, tuple[int, int]]:
-        """Return blocks and bytes on disk of every namespace by digest."""
-        rows = self._query("SELECT digest, blocks, file_bytes FROM namespaces ORDER BY id")
-        return {bytes(digest): (blocks, file_bytes) for digest, blocks, file_bytes in rows}
-
-    def space_of(self, digest: bytes) -> int:
-        """Return the bytes on disk of one namespace."""
-        rows = self._query("SELECT file_bytes FROM namespaces WHERE digest = ?", (digest,))
-        return int(rows[0][0]) if rows else 0
-
-    def _digest(self, number: int) -> bytes:
-        digest = self._digests.get(number)
-        if digest is None:
-            for row in self._query("SELECT id, digest FROM namespaces"):
-                self._digests[row[0]] = bytes(row[1])
-            digest = self._digests.get(number, bytes(32))
-        return digest
+    _deleted = _TRIM_EVERY
 
     def _info(self, row: Sequence[Any]) -> BlockInfo:
-        return BlockInfo(row[0], row[1], self._digest(row[2]), row[3], row[4], row[5] == 1, row[6])
+        key, parent = self.codec.original(row[0]), self.codec.original(row[1])
+        return BlockInfo(key, parent, self._digest(row[2]), row[3], row[4], row[5] == 1, row[6])
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -222,25 +87,26 @@ class Catalog:
         """Return what is known of those of ``keys`` that are here."""
         found: dict[bytes, BlockInfo] = {}
         for at in range(0, len(keys), _CHUNK):
-            part = keys[at : at + _CHUNK]
+            part = self.codec.keys(keys[at : at + _CHUNK])
             marks = ",".join("?" * len(part))
             for row in self._query(f"SELECT {_INFO} FROM blocks WHERE key IN ({marks})", part):
-                found[row[0]] = self._info(row)
+                info = self._info(row)
+                found[info.key] = info
         return found
 
     def row(self, key: bytes) -> BlockRow | None:
         """Return the whole row of a block, or None."""
-        return next(iter(self.rows("WHERE key = ?", (key,))), None)
+        return next(iter(self.rows("WHERE key = ?", (self.codec.key(key),))), None)
 
     def rows(self, tail: str = "", values: Sequence[Any] = ()) -> Iterator[BlockRow]:
-        """Return the rows chosen by ``tail``: SQL after ``SELECT ... FROM blocks``."""
+        """Return the rows chosen by ``tail``: SQL after ``SELECT ... FROM blocks``, with keys as the codec has them."""
         sql = f"SELECT {_INFO}, file_bytes, created, last_used, hits, children, pins FROM blocks {tail}"
         return (BlockRow(self._info(row), *row[7:]) for row in self._query(sql, values))
 
-    def children(self, parent: bytes) -> list[BlockInfo]:
-        """Return the blocks that follow ``parent``, latest first."""
-        sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? ORDER BY last_used DESC LIMIT 1000"
-        return [self._info(row) for row in self._query(sql, (parent,))]
+    def children(self, parent: bytes, limit: int = 1000) -> list[BlockInfo]:
+        """Return the blocks that follow ``parent``, latest first, at most ``limit`` (-1 for all)."""
+        sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? ORDER BY last_used DESC LIMIT ?"
+        return [self._info(row) for row in self._query(sql, (self.codec.key(parent), limit))]
 
     def chain(self, key: bytes) -> list[BlockInfo]:
         """Return a block and those that lead to it, as far as they are here, starting with the block."""
@@ -250,7 +116,7 @@ class Catalog:
             f"SELECT {names}, depth + 1 FROM chain JOIN blocks b ON b.key = chain.parent) "
             f"SELECT {_INFO} FROM chain ORDER BY depth"
         )
-        return [self._info(row) for row in self._query(sql, (key,))]
+        return [self._info(row) for row in self._query(sql, (self.codec.key(key),))]
 
     def subtree(self, keys: Iterable[bytes]) -> list[BlockInfo]:
         """Return blocks and everything that follows them, as far as they are here, ends first."""
@@ -263,19 +129,23 @@ class Catalog:
                     "SELECT b.key FROM down JOIN blocks b ON b.parent = down.key) "
                     f"SELECT {names} FROM down JOIN blocks b ON b.key = down.key"
                 )
-                found |= {row[0]: self._info(row) for row in self._query(sql, (key,))}
+                found |= {info.key: info for info in map(self._info, self._query(sql, (self.codec.key(key),)))}
         return sorted(found.values(), key=lambda info: -info.start)
 
     def leaves_named(self, digits: str) -> list[bytes]:
         """Return the keys of blocks that none follows and whose hexadecimal form begins with ``digits``."""
+        if self.codec.encrypted:
+            leaves = (self.codec.original(row[0]) for row in self._query("SELECT key FROM blocks WHERE children = 0"))
+            return [key for key in leaves if key.hex().startswith(digits)]
         low, high = (bytes.fromhex(digits.ljust(64, fill)) for fill in "0f")
         sql = "SELECT key FROM blocks WHERE key BETWEEN ? AND ? AND children = 0 LIMIT 100"
         return [row[0] for row in self._query(sql, (low, high))]
 
-    def tails(self, parent: bytes, probe: bytes) -> list[BlockInfo]:
-        """Return the children of ``parent`` that begin with the tokens of ``probe``, latest first, at most 64."""
-        sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? AND probe = ? ORDER BY last_used DESC LIMIT 64"
-        return [self._info(row) for row in self._query(sql, (parent, probe))]
+    def tails(self, parent: bytes, probe: bytes, limit: int = 64) -> list[BlockInfo]:
+        """Return the children of ``parent`` that begin with the tokens of ``probe``, latest first, -1 for all."""
+        sql = f"SELECT {_INFO} FROM blocks WHERE parent = ? AND probe = ? ORDER BY last_used DESC LIMIT ?"
+        values = (self.codec.key(parent), self.codec.probe(probe), limit)
+        return [self._info(row) for row in self._query(sql, values)]
 
     def insert(self, blocks: Iterable[tuple[BlockInfo, bytes, int, float]]) -> None:
         """Add or replace rows, in one transaction.
@@ -286,20 +156,22 @@ class Catalog:
         with self.transaction() as db:
             for info, probe, file_bytes, created in blocks:
                 now = max(created, self._touched.get(info.key, 0.0))
-                values = (self.add_namespace(info.namespace), info.start, info.n_tokens, probe, int(info.exact))
+                key, parent = self.codec.key(info.key), self.codec.key(info.parent)
+                values = (self.add_namespace(info.namespace), info.start, info.n_tokens)
+                values += (self.codec.probe(probe), int(info.exact))
                 values += (info.nbytes, file_bytes, created, worth(info, file_bytes), now)
                 # Not INSERT OR REPLACE: it would lose hits and pins, and run no delete trigger.
                 sql = (
                     "UPDATE blocks SET namespace = ?, start = ?, n_tokens = ?, probe = ?, exact = ?, nbytes = ?, "
                     "file_bytes = ?, created = ?, worth = ?, last_used = max(last_used, ?) WHERE key = ?"
                 )
-                if db.execute(sql, (*values, info.key)).rowcount == 0:
+                if db.execute(sql, (*values, key)).rowcount == 0:
                     sql = (
                         "INSERT INTO blocks (namespace, start, n_tokens, probe, exact, nbytes, file_bytes, created, "
                         "worth, last_used, key, parent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                     )
-                    db.execute(sql, (*values, info.key, info.parent))
-                db.execute(f"UPDATE blocks SET priority = {_PRIORITY} WHERE key = ?", (info.key,))
+                    db.execute(sql, (*values, key, parent))
+                db.execute(f"UPDATE blocks SET priority = {_PRIORITY} WHERE key = ?", (key,))
 
     def delete(self, keys: Iterable[bytes], reason: str | None = None) -> list[bytes]:
         """Delete rows and return the keys that were here.
@@ -310,12 +182,13 @@ class Catalog:
         """
         gone: list[bytes] = []
         with self.transaction() as db:
-            for key in keys:
+            for original in keys:
+                key = self.codec.key(original)
                 if reason == "evicted":
                     sql = "SELECT COALESCE((SELECT priority FROM blocks WHERE key = ?), 0.0)"
                     db.execute(f"UPDATE meta SET value = max(value, ({sql})) WHERE name = 'age'", (key,))
                 if db.execute("DELETE FROM blocks WHERE key = ?", (key,)).rowcount:
-                    gone.append(key)
+                    gone.append(original)
                     if reason is not None:
                         db.execute("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?)", (key, reason, time.time()))
             self._deleted += len(gone)
@@ -330,7 +203,7 @@ class Catalog:
 
     def why_missing(self, key: bytes) -> str | None:
         """Return why a block that was here is gone, or None."""
-        rows = self._query("SELECT reason FROM tombstones WHERE key = ?", (key,))
+        rows = self._query("SELECT reason FROM tombstones WHERE key = ?", (self.codec.key(key),))
         return rows[0][0] if rows else None
 
     def to_evict(self, count: int, spare: bytes = b"", namespace: bytes | None = None) -> list[BlockRow]:
@@ -341,6 +214,7 @@ class Catalog:
             spare: A key to pass over.
             namespace: Only those of this model.
         """
+        spare = self.codec.key(spare)
         where = "children = 0 AND pins = 0 AND key != ?"
         order = "ORDER BY priority, last_used, start DESC LIMIT ?"
         if namespace is None:
@@ -351,11 +225,11 @@ class Catalog:
     def to_expire(self, before: float, count: int) -> list[bytes]:
         """Return keys of unpinned leaves last used before a Unix time, at most ``count``."""
         sql = "SELECT key FROM blocks WHERE children = 0 AND pins = 0 AND last_used < ? ORDER BY last_used LIMIT ?"
-        return [row[0] for row in self._query(sql, (before, count))]
+        return [self.codec.original(row[0]) for row in self._query(sql, (before, count))]
 
     def is_pinned(self, key: bytes) -> bool:
         """Return True when a key is pinned, whether its block is here or not."""
-        return bool(self._query("SELECT 1 FROM pins WHERE key = ? LIMIT 1", (key,)))
+        return bool(self._query("SELECT 1 FROM pins WHERE key = ? LIMIT 1", (self.codec.key(key),)))
 
     @property
     def nbytes(self) -> int:
@@ -411,26 +285,29 @@ class Catalog:
             hits, self._hits = self._hits, {}
         with self.transaction() as db:
             sql = f"UPDATE blocks SET last_used = ?, priority = {_PRIORITY} WHERE key = ? AND last_used < ?"
-            db.executemany(sql, [(when, key, when) for key, when in touched.items()])
-            db.executemany("UPDATE blocks SET hits = hits + ? WHERE key = ?", [(n, key) for key, n in hits.items()])
+            values = zip(touched.values(), self.codec.keys(touched), touched.values(), strict=True)
+            db.executemany(sql, list(values))
+            sql = "UPDATE blocks SET hits = hits + ? WHERE key = ?"
+            db.executemany(sql, list(zip(hits.values(), self.codec.keys(hits), strict=True)))
 
     # -- pins --------------------------------------------------------------------------------------
 
     def pin(self, name: str, keys: Iterable[bytes]) -> None:
         """Keep ``keys`` from eviction under ``name``; keys may be written later."""
+        written = self.codec.text(name, b"pin")
         with self.transaction() as db:
-            first = db.execute("SELECT count(*) FROM pins WHERE name = ?", (name,)).fetchone()[0]
-            rows = [(name, key, position) for position, key in enumerate(keys, first)]
+            first = db.execute("SELECT count(*) FROM pins WHERE name = ?", (written,)).fetchone()[0]
+            rows = [(written, key, position) for position, key in enumerate(self.codec.keys(keys), first)]
             db.executemany("INSERT OR IGNORE INTO pins (name, key, position) VALUES (?, ?, ?)", rows)
 
     def unpin(self, name: str) -> int:
         """Drop a name; return how many blocks it held."""
         with self.transaction() as db:
-            return db.execute("DELETE FROM pins WHERE name = ?", (name,)).rowcount
+            return db.execute("DELETE FROM pins WHERE name = ?", (self.codec.text(name, b"pin"),)).rowcount
 
     def pins(self) -> dict[str, list[bytes]]:
         """Return the keys kept under every name, in the order in which they were pinned."""
         result: dict[str, list[bytes]] = {}
         for name, key in self._query("SELECT name, key FROM pins ORDER BY name, position"):
-            result.setdefault(name, []).append(key)
-        return result
+            result.setdefault(self._text(name, b"pin"), []).append(self.codec.original(key))
+        return dict(sorted(result.items()))

@@ -10,7 +10,9 @@
       StoreError
         StoreClosedError       the store was closed
         StoreReadOnlyError     the folder cannot be written
+        StoreKeyError          an encrypted store (or exported file) without its key, or a key for one that is not
         BlockFormatError       a block file that is corrupt, truncated, foreign or of another version
+          EncryptedBlockError  an encrypted one, where no key was given
         StoreFormatError       a whole store, or an exported file, of another format version
         ModelMismatchError     an exported file of another model; says what differs
     KVEmbedWarning             (also a UserWarning)
@@ -27,6 +29,7 @@ __all__ = [
     "BlockFormatError",
     "CacheBypassWarning",
     "ConfigError",
+    "EncryptedBlockError",
     "KVEmbedError",
     "KVEmbedWarning",
     "ModelMismatchError",
@@ -35,6 +38,7 @@ __all__ = [
     "StoreClosedError",
     "StoreError",
     "StoreFormatError",
+    "StoreKeyError",
     "StoreReadOnlyError",
     "StoreWarning",
     "UnsupportedModelError",
@@ -75,6 +79,14 @@ class StoreReadOnlyError(StoreError):
 
 class BlockFormatError(StoreError):
     """A block file that must not be used: corrupt, truncated, foreign or of another format version."""
+
+
+class EncryptedBlockError(BlockFormatError):
+    """A block file that is encrypted, in a store that was opened without a key: nothing is wrong with it."""
+
+
+class StoreKeyError(StoreError):
+    """The key is missing or wrong, or the store is not encrypted; the message says what to do."""
 
 
 class StoreFormatError(StoreError):

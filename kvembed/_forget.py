@@ -186,7 +186,7 @@ class Eraser:
         cpu, catalog = self._store._cpu, self._store._catalog
         found: dict[bytes, BlockInfo] = {}
         if catalog is not None:
-            found = {row.info.key: row.info for row in catalog.rows("WHERE parent = ?", (parent,))}
+            found = {info.key: info for info in catalog.children(parent, limit=-1)}
         if cpu is not None:
             found |= {info.key: info for info in cpu.children(parent)}
         return list(found.values())
@@ -215,8 +215,7 @@ class Eraser:
         probe = probe_of(info.parent, ids)
         found = {tail.key for tail in cpu.tails(info.parent, probe)} if cpu is not None else set[bytes]()
         if catalog is not None:
-            rows = catalog.rows("WHERE parent = ? AND probe = ?", (info.parent, probe))
-            found |= {row.info.key for row in rows}
+            found |= {tail.key for tail in catalog.tails(info.parent, probe, limit=-1)}
         return [other for other in found if self._shared(other, ids) == len(ids)]
 
     def _sample(self, info: BlockInfo) -> bytes:
@@ -232,7 +231,8 @@ class Eraser:
                     source = file.read(1 << 16)
         if source is None or len(source) < 8:
             return b""
-        start = 8 + int.from_bytes(source[:8], "little")
+        # Encrypted KV is other bytes in every file: what is looked for then is a copy of this one.
+        start = 64 if disk.codec.encrypted else 8 + int.from_bytes(source[:8], "little")
         return source[start:]
 
     # -- afterwards --------------------------------------------------------------------------------
@@ -248,16 +248,16 @@ class Eraser:
             return ForgetReport(self.blocks, self.nbytes, self.kept)
         left = set(catalog.get(list(self._names)))
         gone = self._names - left
-        self._needles.add_keys(gone)
+        self._needles.add_keys({*gone, *disk.codec.keys(gone)})
         self._forget_in_catalog(gone)
         disk.empty_quarantine(gone)
         for key in gone:
             # Files without a row: of a process that was killed between the two, or in the middle of writing.
             path = disk.path(key)
             if path.parent.is_dir():
-                for other in path.parent.glob(f"*{key.hex()}*"):
+                for other in path.parent.glob(f"*{path.stem}*"):
                     _delete(other)
-        found = scan_folder(disk.root, self._needles, mend=_delete)
+        found = scan_folder(disk.root, self._needles, mend=_delete, codec=disk.codec)
         return ForgetReport(self.blocks, self.nbytes, self.kept, found.scanned, found.traces, found.elsewhere)
 
     def _forget_in_catalog(self, gone: set[bytes]) -> None:

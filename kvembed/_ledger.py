@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvembed._codec import Codec
 from kvembed._files import disk_usage
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from kvembed._catalog import Catalog
 
-__all__ = ["Call", "DIGEST_BYTES", "Ledger", "digest_of", "today"]
+__all__ = ["Call", "DIGEST_BYTES", "Ledger", "today"]
 
 DIGEST_BYTES = 8
 _LOG_BYTES = 1 << 20
@@ -49,11 +50,6 @@ class Call:
     block_bytes: int
 
 
-def digest_of(key: bytes) -> bytes:
-    """Return what the log keeps of a key."""
-    return key[:DIGEST_BYTES]
-
-
 def today() -> str:
     """Return the local date: ``"2026-11-24"``."""
     return time.strftime("%Y-%m-%d")
@@ -68,6 +64,7 @@ class Ledger:
 
     def __init__(self, catalog: Catalog | None) -> None:
         self._catalog = catalog
+        self._codec = Codec() if catalog is None else catalog.codec
         self._writable = catalog is not None and not catalog.read_only
         self._reset()
 
@@ -80,6 +77,10 @@ class Ledger:
     def after_fork(self) -> None:
         """Make the ledger usable in a forked child; what waits to be written is the parent's."""
         self._reset()
+
+    def digest_of(self, key: bytes) -> bytes:
+        """Return what the log keeps of a key."""
+        return self._codec.key(key)[:DIGEST_BYTES]
 
     # -- sums ----------------------------------------------------------------------------------------
 
@@ -165,9 +166,10 @@ class Ledger:
         """
         if not keys or not self._writable:
             return
-        packed = b"".join(key[:DIGEST_BYTES] for key in keys[:_CALL_KEYS])
+        written = self._codec.keys(keys[:_CALL_KEYS])
+        packed = b"".join(key[:DIGEST_BYTES] for key in written)
         with self._lock:
-            self._calls.append((time.time(), packed, block_bytes, keys[0]))
+            self._calls.append((time.time(), packed, block_bytes, written[0]))
 
     def calls(self) -> list[Call]:
         """Return the log, oldest first."""
@@ -186,7 +188,7 @@ class Ledger:
         if keys is None:
             catalog.select("DELETE FROM calls")
             return
-        gone = {digest_of(key) for key in keys}
+        gone = {written[:DIGEST_BYTES] for written in self._codec.keys(keys)}
         with catalog.transaction() as db:
             if len(gone) <= _FEW:
                 sql = "SELECT id, keys FROM calls WHERE instr(keys, ?)"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
+    from kvembed._encryption.sources import Key
     from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
     from kvembed._portable import ExportReport, ImportReport
@@ -429,7 +430,7 @@ class CachedModel:
             self._engine.check_identity()
             return forget(self, what)
 
-    def export(self, path: str | os.PathLike[str], what: Any) -> ExportReport:
+    def export(self, path: str | os.PathLike[str], what: Any, *, plain: bool = False) -> ExportReport:
         """Write what is stored of a text to one file; see `KVStore.export`.
 
         A block that goes on past the text (a question about it) is cut where the text ends.
@@ -437,6 +438,7 @@ class CachedModel:
         Args:
             path: The file.
             what: As for `forget`.
+            plain: Do not encrypt the file, even if the store is.
 
         Raises:
             ConfigError: Nothing of it is stored.
@@ -445,20 +447,21 @@ class CachedModel:
 
         with self._lock:
             self._engine.check_identity()
-            return export(self, path, what)
+            return export(self, path, what, plain)
 
-    def import_(self, path: str | os.PathLike[str], *, pin: str | None = None) -> ImportReport:
+    def import_(self, path: str | os.PathLike[str], *, pin: str | None = None, key: Key | None = None) -> ImportReport:
         """Take in blocks that this very model, under this ``cache_salt``, computed elsewhere; see `KVStore.import_`.
 
         Raises:
             ModelMismatchError: Another model wrote the file; says what differs.
             BlockFormatError: The file is damaged, or of another ``cache_salt``.
+            StoreKeyError: It is encrypted, with another key than ``key`` or the store's.
         """
         from kvembed._texts import import_
 
         with self._lock:
             self._engine.check_identity()
-            return import_(self, path, pin)
+            return import_(self, path, pin, key)
 
     def explain(self, prompt: Any) -> Explanation:
         """Say, in words, where a prompt leaves the nearest stored prefix and why no more of it is reused.

@@ -22,7 +22,9 @@ import numpy as np
 
 from kvembed._block import Block, BlockInfo
 from kvembed._blockfile import EncodedBlock, open_block_in
-from kvembed._errors import BlockFormatError, ConfigError, ModelMismatchError, StoreFormatError
+from kvembed._blockheader import SEALED_MAGIC
+from kvembed._codec import MANIFEST_FILE, Codec
+from kvembed._errors import BlockFormatError, ConfigError, ModelMismatchError, StoreFormatError, StoreKeyError
 from kvembed._files import create_private, open_regular, random_access, shown, temp_path, unlink_quietly, write_all
 from kvembed._keys import SNAPSHOT_IDS, block_key, snapshot_key
 from kvembed._units import format_bytes, format_count
@@ -104,7 +106,7 @@ class ImportReport:
 
 
 def export_blocks(
-    store: StoreAdmin, path: str | os.PathLike[str], wanted: Sequence[tuple[bytes, int | None]]
+    store: StoreAdmin, path: str | os.PathLike[str], wanted: Sequence[tuple[bytes, int | None]], *, plain: bool = False
 ) -> ExportReport:
     """Write blocks to one file; see `KVStore.export`.
 
@@ -112,6 +114,7 @@ def export_blocks(
         store: Where they are.
         path: The file; written beside it and renamed.
         wanted: Keys, each after its parent, and how many of a block's tokens to take (None for all).
+        plain: Do not encrypt it, even if the store is.
 
     Raises:
         ConfigError: A block is not stored (any more), or cannot be read.
@@ -127,17 +130,18 @@ def export_blocks(
         "namespaces": {space.hex(): _fields(spaces.get(space, {})) for space in {info.namespace for info in infos}},
         "blocks": [info.key.hex() for info in infos],
     }
+    codec = Codec() if plain or store._disk is None else store._disk.codec
     temp = temp_path(target)
     nbytes = 0
     try:
         fd = create_private(temp)
         try:
             text = json.dumps(manifest, indent=1, default=str).encode()
-            nbytes += _write_member(fd, _MANIFEST, [memoryview(text)])
+            nbytes += _write_member(fd, _MANIFEST, codec.encode([memoryview(text)], 0, len(text), MANIFEST_FILE))
             for key, cut in wanted:
                 block = _block(store, key, cut)
-                buffers = EncodedBlock(block, _writer(), created).buffers
-                nbytes += _write_member(fd, f"{block.key.hex()}.safetensors", buffers)
+                buffers = EncodedBlock(block, _writer(), created, codec).buffers()
+                nbytes += _write_member(fd, f"{codec.key(block.key).hex()}.safetensors", buffers)
             end = bytes(2 * _RECORD)
             write_all(fd, [memoryview(end)])
             os.fsync(fd)
@@ -265,14 +269,26 @@ def _opened(path: Path) -> Iterator[tuple[RandomAccess, int]]:
 
 
 def _manifest(
-    file: RandomAccess, members: Iterator[tuple[str, int, int]], name: str
-) -> tuple[dict[bytes, Any], list[bytes]]:
-    """Return the namespaces and keys a file says it holds."""
+    file: RandomAccess, members: Iterator[tuple[str, int, int]], name: str, codec: Codec
+) -> tuple[dict[bytes, Any], list[bytes], Codec]:
+    """Return the namespaces and keys a file says it holds, and the codec of its members."""
     first, start, size = next(members, ("", 0, 0))
     if first != _MANIFEST or size > _MOST_MANIFEST:
         raise BlockFormatError("not an export of kvembed (no manifest)")
+    section = _Section(file, start, size)
+    if section.read(len(SEALED_MAGIC), 0) != SEALED_MAGIC:
+        codec = Codec()
+    elif not codec.encrypted:
+        raise StoreKeyError(f"{name} is encrypted: give the key of the store that it was exported from")
     try:
-        fields = json.loads(file.read(size, start).decode("utf-8"))
+        decoded = codec.decode(section, size, MANIFEST_FILE)
+        text = decoded.file.read(decoded.nbytes, 0)
+    except BlockFormatError as error:
+        if not codec.encrypted:
+            raise
+        raise StoreKeyError(f"{name} is damaged, or encrypted with another key than this ({error})") from error
+    try:
+        fields = json.loads(text.decode("utf-8"))
         version = fields["format"]
         if version != FORMAT:
             raise StoreFormatError(f"{name} is an export of format {version!r}; this version of kvembed reads {FORMAT}")
@@ -285,7 +301,7 @@ def _manifest(
     texts = [text for found in spaces.values() for pair in found.items() for text in pair]
     if not all(isinstance(text, str) and text.isprintable() for text in texts):
         raise BlockFormatError("the manifest describes a model in something other than text")
-    return spaces, keys
+    return spaces, keys, codec
 
 
 def import_blocks(
@@ -294,6 +310,7 @@ def import_blocks(
     *,
     accept: Callable[[Mapping[bytes, Mapping[str, Any]]], None],
     root: bytes | None = None,
+    codec: Codec | None = None,
 ) -> ImportReport:
     """Take the blocks of a file into a store; see `KVStore.import_`.
 
@@ -302,8 +319,10 @@ def import_blocks(
         path: The file.
         accept: Called with the namespaces of the file before any block is read; raises to refuse them.
         root: The root that the first blocks must follow; None for any.
+        codec: Of an encrypted file; the store's when None.
 
     Raises:
+        StoreKeyError: The file is encrypted, with another key.
         BlockFormatError: The file is damaged or no export; blocks before the damage are imported.
         StoreFormatError: It was written by another version.
     """
@@ -313,14 +332,16 @@ def import_blocks(
     with _opened(source) as (file, size):
         try:
             members = _members(file, size)
-            spaces, keys = _manifest(file, members, source.name)
+            ours = store._disk.codec if store._disk is not None else Codec()
+            spaces, keys, codec = _manifest(file, members, source.name, codec or ours)
             accept(spaces)
             wanted, seen, here = iter(keys), set[bytes](), set[bytes]()
             for name, start, length in members:
-                if name != f"{next(wanted, b'').hex()}.safetensors":
+                key = next(wanted, b"")
+                if name != f"{codec.key(key).hex()}.safetensors":
                     raise BlockFormatError("the blocks are not those of its manifest")
-                block = _read(store, _Section(file, start, length), length)
-                _check(block, bytes.fromhex(name[:64]), spaces, seen, root)
+                block = _read(store, _Section(file, start, length), length, codec)
+                _check(block, key, spaces, seen, root)
                 seen.add(block.key)
                 lost = block.info.parent in seen and block.info.parent not in here
                 added = None if lost else _put(store, block)
@@ -338,13 +359,13 @@ def import_blocks(
     return ImportReport(len(keys), new, left_out, nbytes, tuple(known))
 
 
-def _read(store: StoreAdmin, section: _Section, nbytes: int) -> Block:
+def _read(store: StoreAdmin, section: _Section, nbytes: int, codec: Codec) -> Block:
     limit = (
         store._disk.largest_file if store._disk is not None else store._cpu.max_bytes if store._cpu is not None else 0
     )
     if nbytes > limit:
         raise BlockFormatError(f"a block of {format_bytes(nbytes)} is more than the whole store may take")
-    source = open_block_in(section, nbytes)
+    source = open_block_in(section, nbytes, codec)
     return source.read_all()
 
 

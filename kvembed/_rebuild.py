@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from kvembed._blockfile import open_block
 from kvembed._catalog import Catalog
+from kvembed._codec import NAMESPACE_FILE, Codec, read_decoded
 from kvembed._errors import BlockFormatError
-from kvembed._files import disk_usage, is_temp_name, read_small, unlink_quietly
+from kvembed._files import disk_usage, is_temp_name, unlink_quietly
 from kvembed._keys import probe_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
     from kvembed._block import BlockInfo
     from kvembed._tiers.disk import DiskTier
 
-__all__ = ["block_files", "adopt_all", "has_blocks", "housekeeping", "open_or_rebuild", "read_row", "rebuild"]
+__all__ = [
+    "adopt_all",
+    "block_files",
+    "has_blocks",
+    "housekeeping",
+    "key_of",
+    "locked",
+    "open_or_rebuild",
+    "read_row",
+    "rebuild",
+]
 
 CATALOG_NAME = "kvembed.db"
 _SUFFIX = ".safetensors"
@@ -47,16 +58,17 @@ def has_blocks(root: Path) -> bool:
     return any(entry.name.endswith(_SUFFIX) for entry in block_files(root))
 
 
-def read_row(path: Path) -> tuple[BlockInfo, bytes, int, float]:
+def read_row(path: Path, codec: Codec | None = None) -> tuple[BlockInfo, bytes, int, float]:
     """Return the catalog row of a block file: info, probe, bytes on disk, time of creation.
 
     Raises:
         BlockFormatError: The file must not be used, or is not where its key says.
         FileNotFoundError: It is gone.
     """
-    source = open_block(path)
+    codec = codec or Codec()
+    source = open_block(path, codec)
     try:
-        if f"{source.info.key.hex()}{_SUFFIX}" != path.name:
+        if f"{codec.key(source.info.key).hex()}{_SUFFIX}" != path.name:
             raise BlockFormatError("it holds another block")
         size = disk_usage(source.file_nbytes)
         return source.info, probe_of(source.info.parent, source.token_ids), size, source.created
@@ -64,47 +76,50 @@ def read_row(path: Path) -> tuple[BlockInfo, bytes, int, float]:
         source.close()
 
 
-def rebuild(root: Path, progress: Callable[[int, int], None] | None = None) -> int:
+def rebuild(root: Path, progress: Callable[[int, int], None] | None = None, codec: Codec | None = None) -> int:
     """Make a new catalog from the block files if the one that is there cannot be used.
 
     Args:
         root: Folder of the store.
         progress: Called with files done and files in all.
+        codec: The store's.
 
     Returns:
         Number of blocks in the catalog.
     """
     path = root / CATALOG_NAME
-    with _locked(root):
-        if not _problem(root, path):
-            catalog = Catalog(path)
+    with locked(root):
+        if not _problem(root, path, codec):
+            catalog = Catalog(path, codec=codec)
             count = catalog.counters().blocks
             catalog.close()
             return count
-        return _replace(root, path, progress)
+        return _replace(root, path, progress, codec)
 
 
-def open_or_rebuild(root: Path, *, sync: bool = False) -> tuple[Catalog, str]:
+def open_or_rebuild(root: Path, *, sync: bool = False, codec: Codec | None = None) -> tuple[Catalog, str]:
     """Open a catalog that is missing or was found unusable: created, or made again from the block files.
 
     Args:
         root: Folder of the store.
         sync: Wait for the device at every commit.
+        codec: The store's.
 
     Returns:
         The catalog, and what the user should be told, if anything.
     """
     path = root / CATALOG_NAME
-    with _locked(root):
-        problem, words = _problem(root, path), ""
+    with locked(root):
+        problem, words = _problem(root, path, codec), ""
         if problem:
-            found = _replace(root, path, None)
+            found = _replace(root, path, None, codec)
             words = f"{path} {problem}; it was made again from {found} block files"
-        return Catalog(path, create=True, sync=sync), words
+        return Catalog(path, create=True, sync=sync, codec=codec), words
 
 
 @contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
+    """Keep others from making or replacing what belongs to a folder as a whole: its catalog, its marker."""
     # A catalog is created and replaced under this lock only. Without it a process could create one
     # between the moment another moves a bad catalog away and the moment it puts the new one in place, and
     # its -wal file would be played into the new database.
@@ -114,7 +129,7 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-def _problem(root: Path, path: Path) -> str:
+def _problem(root: Path, path: Path, codec: Codec | None) -> str:
     """Return why a catalog cannot be used, or nothing: it can, or there is nothing to lose."""
     if Catalog.damage_mark(path).exists():
         return "was found damaged"
@@ -126,7 +141,7 @@ def _problem(root: Path, path: Path) -> str:
         return "is empty"
     catalog = None
     try:
-        catalog = Catalog(path)
+        catalog = Catalog(path, codec=codec)
         catalog.counters()
     except sqlite3.OperationalError:
         raise  # locked, or no right to read it: not a matter of its content
@@ -138,11 +153,11 @@ def _problem(root: Path, path: Path) -> str:
     return ""
 
 
-def _replace(root: Path, path: Path, progress: Callable[[int, int], None] | None) -> int:
+def _replace(root: Path, path: Path, progress: Callable[[int, int], None] | None, codec: Codec | None) -> int:
     _move_aside(root, path)
     for left in root.glob(f".{path.name}.*"):
         unlink_quietly(left)
-    count = _build(root, path, progress)
+    count = _build(root, path, progress, codec or Codec())
     unlink_quietly(Catalog.damage_mark(path))
     return count
 
@@ -158,18 +173,19 @@ def _move_aside(root: Path, path: Path) -> None:
             part.replace(root / "quarantine" / f"{part.name}.{stamp}")
 
 
-def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None) -> int:
+def _build(root: Path, path: Path, progress: Callable[[int, int], None] | None, codec: Codec) -> int:
     # Built under another name: a crash half-way must leave the catalog missing, not incomplete.
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    catalog = Catalog(temp, create=True)
+    catalog = Catalog(temp, create=True, codec=codec)
     try:
         for file in sorted((root / "namespaces").glob("*.json")):
             try:
                 # Not read_text(): a FIFO of that name would never end.
-                digest, fields = bytes.fromhex(file.stem), json.loads(read_small(file))
+                digest = key_of(file, codec)
+                fields = json.loads(read_decoded(file, codec, NAMESPACE_FILE + (digest or b"")))
             except (ValueError, OSError, RecursionError, BlockFormatError):
                 continue  # a namespace without fields only explains less
-            if len(digest) == 32 and isinstance(fields, dict):
+            if digest is not None and isinstance(fields, dict):
                 catalog.add_namespace(digest, fields)
         count = adopt_all(root, catalog, progress)
         # Back into one file, so that one rename puts it in place.
@@ -191,7 +207,7 @@ def adopt_all(root: Path, catalog: Catalog, progress: Callable[[int, int], None]
     for done, name in enumerate(names, 1):
         # A bad file is left where it is: verify() names it.
         with contextlib.suppress(BlockFormatError, OSError):
-            rows.append(read_row(name))
+            rows.append(read_row(name, catalog.codec))
         if progress is not None:
             progress(done, len(names))
     catalog.insert(rows)
@@ -232,23 +248,25 @@ def adopt(disk: DiskTier, folder: Path, before: float) -> None:
                     names.append(Path(entry.path))
     except FileNotFoundError:
         return
-    keys = {_key_of(name): name for name in names}
+    keys = {key_of(name, disk.codec): name for name in names}
     known = disk.catalog.get([key for key in keys if key is not None])
     for key, name in keys.items():
         if key is None or key in known:
             continue
         try:
-            disk.catalog.insert([read_row(name)])
+            disk.catalog.insert([read_row(name, disk.codec)])
         except FileNotFoundError:
             continue
         except BlockFormatError as error:
-            disk.quarantine(key, str(error))
+            disk.refuse(key, error)
         except OSError:
             continue  # next time
 
 
-def _key_of(path: Path) -> bytes | None:
+def key_of(path: Path, codec: Codec) -> bytes | None:
+    """Return the key that a file is named by, None when it is named otherwise."""
     try:
-        return bytes.fromhex(path.stem)
+        written = bytes.fromhex(path.stem)
     except ValueError:
         return None
+    return codec.original(written) if len(written) == 32 else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvembed._block import BlockInfo
+    from kvembed._codec import Codec
     from kvembed._keys import TokenIds
 
 __all__ = ["Found", "Needles", "scan_folder"]
@@ -121,7 +122,9 @@ class Needles:
         return any(own.tobytes() in raw for own in self._ids)
 
 
-def scan_folder(root: Path, needles: Needles, mend: Callable[[Path], object] | None = None) -> Found:
+def scan_folder(
+    root: Path, needles: Needles, mend: Callable[[Path], object] | None = None, codec: Codec | None = None
+) -> Found:
     """Look into every file below ``root``.
 
     Of sound block files the header and the token ids are read: what their KV is follows from these. Of all other
@@ -132,6 +135,7 @@ def scan_folder(root: Path, needles: Needles, mend: Callable[[Path], object] | N
         needles: What to look for.
         mend: Called for each file with a trace that is neither a sound block nor part of the catalog; it is looked
             at again afterwards.
+        codec: The store's.
     """
     scanned = elsewhere = 0
     traces: list[str] = []
@@ -139,10 +143,10 @@ def scan_folder(root: Path, needles: Needles, mend: Callable[[Path], object] | N
         for name in sorted(names):
             path = Path(folder) / name
             try:
-                same, kinds = _look(path, needles)
+                same, kinds = _look(path, needles, codec)
                 if kinds and mend is not None and _is_left_over(path, kinds):
                     mend(path)
-                    same, kinds = _look(path, needles)
+                    same, kinds = _look(path, needles, codec)
             except FileNotFoundError:
                 continue
             except (OSError, BlockFormatError) as error:
@@ -162,12 +166,12 @@ def _is_left_over(path: Path, kinds: set[str]) -> bool:
     return is_temp_name(path.name) and abs(time.time() - path.lstat().st_mtime) > _YOUNG_S
 
 
-def _look(path: Path, needles: Needles) -> tuple[bool, set[str]]:
+def _look(path: Path, needles: Needles, codec: Codec | None) -> tuple[bool, set[str]]:
     """Return whether a file is another block with the same tokens, and what it holds of erased blocks."""
     kinds = {"name"} if needles.named(path.name) else set[str]()
     if path.name.endswith(".safetensors") and path.parent.parent.name == "blocks" and not kinds:
         try:
-            source = open_block(path)
+            source = open_block(path, codec)
         except BlockFormatError:
             pass
         else:

@@ -90,6 +90,7 @@ class StoreStats:
         saved_s_today: The same of today.
         models: The models with blocks on disk, largest first.
         catalog_bytes: Bytes of the catalog, which are not part of the budget.
+        encrypted: What is on disk is encrypted.
     """
 
     path: str | None
@@ -113,6 +114,7 @@ class StoreStats:
     saved_s_today: float = 0.0
     models: tuple[ModelStats, ...] = ()
     catalog_bytes: int = 0
+    encrypted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -138,7 +140,8 @@ class StoreStats:
 
     def _lines(self) -> list[str]:
         head = [
-            f"{self.path or 'in memory'}{' (read-only)' if self.read_only else ''}",
+            f"{self.path or 'in memory'}{' (read-only)' if self.read_only else ''}"
+            f"{' (encrypted)' if self.encrypted else ''}",
             f"{self.namespaces} model{'' if self.namespaces == 1 else 's'}",
             f"{self.pins} pinned",
             f"{self.pending_writes} waiting for the disk",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvembed._block import Block, BlockInfo
     from kvembed._blockfile import BlockFileSource
     from kvembed._catalog import Catalog
+    from kvembed._encryption.sources import Key
     from kvembed._keys import TokenIds
     from kvembed._tiers._base import BlockSource
     from kvembed._tiers.disk import DiskTier
@@ -63,11 +64,16 @@ class KVStore(StoreAdmin):
         ttl: Drop blocks on disk that were not used for so long: seconds, or text such as ``"30d"``.
         durability: ``"fast"`` survives a crash of the process; ``"safe"`` also waits for the device at every
             block, so that a power cut loses at most the newest one.
+        key: Encrypts what is on disk (``pip install 'kvembed[encryption]'``): 32 bytes, a function that returns them,
+            ``"env"`` for the variable ``KVEMBED_KEY``, or ``"keyring"`` (``"keyring:name"``) for the keyring of the
+            operating system. A new or empty folder becomes an encrypted store, which is opened with the same key from
+            then on; None takes ``KVEMBED_KEY`` for one that is encrypted. See ``docs/encryption.md``.
         read_only: True never writes to the folder. None finds out: a store in a folder that cannot be
             written is opened read-only, with a `StoreWarning`.
 
     Raises:
-        ConfigError: A budget or the path cannot work.
+        ConfigError: A budget, the path or the key cannot work.
+        StoreKeyError: The store is encrypted, and this is not its key; or it is not, and has blocks.
         StoreReadOnlyError: The folder cannot be written and holds no store.
         StoreFormatError: The store was written by a newer kvembed.
     """
@@ -85,12 +91,13 @@ class KVStore(StoreAdmin):
         write_policy: str = "always",
         ttl: int | float | str | None = None,
         durability: str = "fast",
+        key: Key | None = None,
         read_only: bool | None = None,
     ) -> None:
         from kvembed._store_open import DiskOptions, chores, open_disk, open_folder
 
         self._options = options = DiskOptions(
-            max_disk_bytes, max_write_bytes_per_day, max_namespace_bytes, write_policy, ttl, durability
+            max_disk_bytes, max_write_bytes_per_day, max_namespace_bytes, write_policy, ttl, durability, key
         )
         self._closed = False
         self._pid = os.getpid()
@@ -113,7 +120,7 @@ class KVStore(StoreAdmin):
         self.path: Path | None = None
         housekeeping = None
         if options.on:
-            opened = open_folder(path, read_only, sync=durability == "safe")
+            opened = open_folder(path, read_only, sync=durability == "safe", key=key)
             self.path, self._catalog, self._read_only = opened.path, opened.catalog, opened.read_only
             if opened.catalog is not None:
                 try:
@@ -460,4 +467,5 @@ class KVStore(StoreAdmin):
     def __repr__(self) -> str:
         """Return one line."""
         where = "memory only" if self.path is None else repr(str(self.path))
-        return f"KVStore({where}{', read-only' if self._read_only else ''}{', closed' if self._closed else ''})"
+        states = {"encrypted": self.encrypted, "read-only": self._read_only, "closed": self._closed}
+        return f"KVStore({', '.join([where, *(state for state, is_so in states.items() if is_so)])})"

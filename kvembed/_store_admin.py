@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
 
+    from kvembed._encryption.sources import Key
     from kvembed._portable import ExportReport, ImportReport
 
 
@@ -255,15 +256,19 @@ class StoreAdmin(StoreView):
     # -- taking along ------------------------------------------------------------------------------
 
     @explicit()
-    def export(self, path: str | os.PathLike[str], what: str | bytes | Iterable[bytes] | Named) -> ExportReport:
+    def export(
+        self, path: str | os.PathLike[str], what: str | bytes | Iterable[bytes] | Named, *, plain: bool = False
+    ) -> ExportReport:
         """Write the blocks of a sequence to one file that another store can import.
 
-        The file holds the text's token ids and KV in the clear, whoever has it has the text.
+        The file of an encrypted store is encrypted with the same key. Any other holds the text's token ids and KV in
+        the clear, whoever has it has the text.
 
         Args:
             path: The file; replaced when it is there, mode 0600.
             what: A pinned name, or something with that ``name`` (a document); the last key of a sequence, or its
                 first digits; or keys, each after the one it follows.
+            plain: Do not encrypt the file, even if the store is.
 
         Raises:
             ConfigError: Nothing goes by this name, or it is not stored (any more).
@@ -283,10 +288,17 @@ class StoreAdmin(StoreView):
             keys = list(cast("Iterable[bytes]", what))
         if not keys:
             raise ConfigError("nothing to export: no keys were given")
-        return export_blocks(self, path, [(key, None) for key in keys])
+        return export_blocks(self, path, [(key, None) for key in keys], plain=plain)
 
     @explicit()
-    def import_(self, path: str | os.PathLike[str], *, pin: str | None = None, any_model: bool = False) -> ImportReport:
+    def import_(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        pin: str | None = None,
+        any_model: bool = False,
+        key: Key | None = None,
+    ) -> ImportReport:
         """Take in the blocks of a file that `export` wrote, each checked to its last byte, within the budgets.
 
         What cannot be checked is whether the KV is really what the model computes: import only what you trust, or
@@ -296,11 +308,13 @@ class StoreAdmin(StoreView):
             path: The file.
             pin: Name to pin them under.
             any_model: Take blocks of a model that this store knows nothing of; otherwise only an empty store does.
+            key: Of an encrypted file, as for `KVStore`; the store's own when None.
 
         Raises:
             ModelMismatchError: Only other models have blocks here; says what differs from the nearest.
             BlockFormatError: The file is damaged, or no export.
             StoreFormatError: It was written by another version.
+            StoreKeyError: It is encrypted, with another key.
         """
         from kvembed._portable import refuse_other_models
 
@@ -312,7 +326,7 @@ class StoreAdmin(StoreView):
             for digest in theirs.keys() - ours.keys():
                 self.register_namespace(digest, dict(theirs[digest]))
 
-        return self._take_in(path, accept, None, pin)
+        return self._take_in(path, accept, None, pin, key)
 
     @explicit()
     def _take_in(
@@ -321,11 +335,18 @@ class StoreAdmin(StoreView):
         accept: Callable[[Mapping[bytes, Mapping[str, Any]]], None],
         root: bytes | None,
         pin: str | None,
+        key: Key | None = None,
     ) -> ImportReport:
         from kvembed._portable import import_blocks
 
         self._begin_change()
-        report = import_blocks(self, path, accept=accept, root=root)
+        codec = None
+        if key is not None:
+            from kvembed._encryption.sealed import SealedCodec
+            from kvembed._encryption.sources import resolve_key
+
+            codec = SealedCodec(resolve_key(key), b"")
+        report = import_blocks(self, path, accept=accept, root=root, codec=codec)
         if pin is not None and report.keys:
             self.pin(report.keys, pin)
         return report

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from kvembed._admission import POLICIES, Admission
 from kvembed._budgets import DiskBudget, NamespaceQuotas, write_budget
 from kvembed._catalog import Catalog
-from kvembed._errors import ConfigError, StoreError, StoreReadOnlyError
+from kvembed._codec import Codec, marker_stamp
+from kvembed._errors import ConfigError, StoreError, StoreKeyError, StoreReadOnlyError
 from kvembed._files import fsync_dir
 from kvembed._ledger import Ledger
 from kvembed._mounts import network_filesystem
@@ -24,6 +25,7 @@ from kvembed._units import parse_age
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from kvembed._encryption.sources import Key
     from kvembed._tiers.cpu import CpuTier
 
 __all__ = ["DiskOptions", "OpenedFolder", "chores", "open_disk", "open_folder"]
@@ -42,6 +44,7 @@ class OpenedFolder:
         path: The folder.
         catalog: Its catalog, or None when it cannot be used.
         read_only: Nothing may be written.
+        codec: How files and names look there.
         used: Bytes of the block files, by the catalog.
         warnings: What the user should be told.
         writer: Name and version recorded in files.
@@ -50,12 +53,15 @@ class OpenedFolder:
     path: Path
     catalog: Catalog | None
     read_only: bool
+    codec: Codec = field(default_factory=Codec)
     used: int = 0
     warnings: list[str] = field(default_factory=list)
     writer: str = "kvembed"
 
 
-def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None, *, sync: bool = False) -> OpenedFolder:
+def open_folder(
+    path: str | os.PathLike[str] | None, read_only: bool | None, *, sync: bool = False, key: Key | None = None
+) -> OpenedFolder:
     """Open the folder of a store; see `kvembed.KVStore` for the arguments and errors."""
     folder = store_dir() if path is None else Path(path).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
@@ -83,6 +89,7 @@ def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None, *, 
                 f"{folder} cannot be written ({error.strerror}); opened read-only, nothing is stored"
             )
     try:
+        result.codec = _codec(folder, key, read_only=result.read_only)
         if result.read_only:
             _open_read_only(result)
         else:
@@ -97,6 +104,14 @@ def open_folder(path: str | os.PathLike[str] | None, read_only: bool | None, *, 
             "path to KVStore"
         ) from error
     return result
+
+
+def _codec(folder: Path, key: Key | None, *, read_only: bool) -> Codec:
+    if key is None and marker_stamp(folder) is None:
+        return Codec()
+    from kvembed._encryption.marker import codec_for
+
+    return codec_for(folder, key, read_only=read_only)
 
 
 def _writer_name() -> str:
@@ -125,29 +140,33 @@ def _open_read_only(result: OpenedFolder) -> None:
     if not path.is_file():
         raise StoreReadOnlyError(f"{result.path} holds no store to open read-only; pass the path of one")
     try:
-        result.catalog = Catalog(path, read_only=True)
+        result.catalog = Catalog(path, read_only=True, codec=result.codec)
     except sqlite3.DatabaseError as error:
         result.warnings.append(f"{path} cannot be read ({error}); blocks on disk are not used")
 
 
 def _open_writable(result: OpenedFolder, sync: bool) -> None:
     path = result.path / CATALOG_NAME
-    result.catalog = _open_usable(path, sync)
+    result.catalog = _open_usable(path, sync, result.codec)
     if result.catalog is None:
-        result.catalog, words = open_or_rebuild(result.path, sync=sync)
+        result.catalog, words = open_or_rebuild(result.path, sync=sync, codec=result.codec)
         result.warnings.extend([words] if words else [])
+    if not result.codec.encrypted and marker_stamp(result.path) is not None:
+        # Another process has made it an encrypted store in between.
+        result.catalog.close()
+        raise StoreKeyError(f"{result.path} has just become an encrypted store; open it with its key")
     # No rows beside block files: a process was killed between its first block and the row of it.
     if result.catalog.counters().blocks == 0 and has_blocks(result.path):
         adopt_all(result.path, result.catalog)
 
 
-def _open_usable(path: Path, sync: bool) -> Catalog | None:
+def _open_usable(path: Path, sync: bool, codec: Codec) -> Catalog | None:
     """Return the catalog, or None when it is missing or bad: then it takes the lock to go on."""
     if Catalog.damage_mark(path).exists() or path.is_symlink() or not path.is_file() or path.stat().st_size == 0:
         return None
     catalog = None
     try:
-        catalog = Catalog(path, sync=sync)
+        catalog = Catalog(path, sync=sync, codec=codec)
         catalog.counters()
     except sqlite3.DatabaseError as error:
         if catalog is not None:
@@ -173,6 +192,7 @@ class DiskOptions:
         write_policy: str,
         ttl: int | float | str | None,
         durability: str,
+        key: Key | None = None,
     ) -> None:
         if durability not in ("fast", "safe"):
             raise ConfigError(f'durability must be "fast" or "safe", got {durability!r}')
@@ -184,8 +204,9 @@ class DiskOptions:
         self.write_policy = write_policy
         self.ttl_s = None if ttl is None else parse_age(ttl, name="ttl")
         self.durability = durability
-        if not self.on and (self.ttl_s is not None or self.quotas):
-            raise ConfigError("ttl and max_namespace_bytes are for blocks on disk: give max_disk_bytes too")
+        self.key = key
+        if not self.on and (self.ttl_s is not None or self.quotas or key is not None):
+            raise ConfigError("ttl, max_namespace_bytes and key are for blocks on disk: give max_disk_bytes too")
 
     @property
     def on(self) -> bool:

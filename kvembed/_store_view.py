@@ -8,6 +8,7 @@ import json
 import sqlite3
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from kvembed._codec import NAMESPACE_FILE
 from kvembed._errors import ConfigError, StoreError
 from kvembed._files import write_file
 from kvembed._html import ordered_tiers
@@ -120,10 +121,11 @@ class StoreView:
         if disk is not None:
             with self._quiet("register_namespace"):
                 disk.catalog.add_namespace(digest, fields)
-                path = disk.root / "namespaces" / f"{digest.hex()}.json"
+                path = disk.root / "namespaces" / f"{disk.codec.key(digest).hex()}.json"
                 text = json.dumps(fields, indent=1, sort_keys=True, default=str).encode()
                 if not path.exists():
-                    write_file(path, [memoryview(text)])
+                    about = NAMESPACE_FILE + digest
+                    write_file(path, disk.codec.encode([memoryview(text)], 0, len(text), about))
 
     def namespaces(self) -> dict[bytes, dict[str, Any]]:
         """Return the fields of every fingerprint that has blocks here, by digest."""
@@ -158,6 +160,11 @@ class StoreView:
         # Eviction in memory and the write policy weigh with it.
         if name == "prefill_tokens_per_second" and isinstance(value, int | float) and value > 0:
             self._seconds_per_token[digest] = 1.0 / value
+
+    @property
+    def encrypted(self) -> bool:
+        """True when what is on disk is encrypted."""
+        return self._disk is not None and self._disk.codec.encrypted
 
     # -- looking -----------------------------------------------------------------------------------
 
@@ -203,6 +210,7 @@ class StoreView:
             saved_s_today=today_s.get("saved_s", 0.0),
             models=self._models(),
             catalog_bytes=0 if catalog is None else catalog.nbytes,
+            encrypted=self.encrypted,
         )
 
     def _models(self) -> tuple[ModelStats, ...]:

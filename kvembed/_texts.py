@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
+    from kvembed._encryption.sources import Key
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
     from kvembed._portable import ExportReport, ImportReport
@@ -69,7 +70,7 @@ def forget(model: CachedModel, what: Any) -> ForgetReport:
     return eraser.report()
 
 
-def export(model: CachedModel, path: str | os.PathLike[str], what: Any) -> ExportReport:
+def export(model: CachedModel, path: str | os.PathLike[str], what: Any, plain: bool) -> ExportReport:
     """Write the blocks of a text to a file; see `CachedModel.export`."""
     if model.support is not None:
         raise ConfigError(f"nothing to export: {model.support}")
@@ -81,7 +82,7 @@ def export(model: CachedModel, path: str | os.PathLike[str], what: Any) -> Expor
             wanted.setdefault(key, cut)
     if not wanted:
         raise ConfigError("nothing of this text is stored: prefill it first")
-    return export_blocks(store, path, list(wanted.items()))
+    return export_blocks(store, path, list(wanted.items()), plain=plain)
 
 
 def _stored(store: KVStore, root: bytes, ids: TokenIds, size: int) -> Iterator[tuple[bytes, int | None]]:
@@ -103,7 +104,7 @@ def _stored(store: KVStore, root: bytes, ids: TokenIds, size: int) -> Iterator[t
         yield tail[0].info.key, tail[1]
 
 
-def import_(model: CachedModel, path: str | os.PathLike[str], pin: str | None) -> ImportReport:
+def import_(model: CachedModel, path: str | os.PathLike[str], pin: str | None, key: Key | None) -> ImportReport:
     """Take the blocks of a file in; see `CachedModel.import_`."""
     if model.support is not None:
         raise ConfigError(f"nothing can be imported: {model.support}")
@@ -115,4 +116,4 @@ def import_(model: CachedModel, path: str | os.PathLike[str], pin: str | None) -
         if len(theirs) > 1:
             raise BlockFormatError("it holds blocks of several models; use KVStore.import_")
 
-    return store._take_in(path, accept, engine.root, pin)
+    return store._take_in(path, accept, engine.root, pin, key)

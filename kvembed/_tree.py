@@ -192,13 +192,15 @@ class _Blocks:
         columns: list[list[Any]] = [[] for _ in _COLUMNS.split(", ")]
         digests: dict[Any, bytes] = {}
         if catalog is not None:
-            digests = {number: bytes(digest) for number, digest in catalog.select("SELECT id, digest FROM namespaces")}
+            codec, spaces = catalog.codec, catalog.select("SELECT id, digest FROM namespaces")
+            digests = {number: codec.original(bytes(name)) for number, name in spaces}
             with catalog.connection() as db:
                 # In parts: the garbage collector would look at 100,000 tuples again and again.
                 cursor = db.execute(f"SELECT {_COLUMNS} FROM blocks")
                 while part := cursor.fetchmany(_PART):
                     for column, values in zip(columns, zip(*part, strict=True), strict=True):
                         column.extend(values)
+            columns[:2] = (codec.originals(column) for column in columns[:2])
         self.memory = {info.key: info for info in in_memory}
         if self.memory:
             numbers = {digest: number for number, digest in digests.items()}

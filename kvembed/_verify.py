@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvembed._blockfile import open_block
-from kvembed._errors import BlockFormatError
+from kvembed._codec import MARKER_NAME
+from kvembed._errors import BlockFormatError, EncryptedBlockError
 from kvembed._files import disk_usage, is_temp_name, shown, unlink_quietly
-from kvembed._rebuild import block_files, read_row
+from kvembed._rebuild import block_files, key_of, read_row
 from kvembed._store_types import VerifyReport
 
 if TYPE_CHECKING:
@@ -94,11 +95,8 @@ def _check_row(disk: DiskTier, key: bytes, findings: _Findings) -> None:
 
 
 def _key_of(disk: DiskTier, path: Path) -> bytes | None:
-    try:
-        key = bytes.fromhex(path.name.removesuffix(".safetensors"))
-    except ValueError:
-        return None
-    return key if len(key) == 32 and disk.path(key) == path else None
+    key = key_of(path, disk.codec)
+    return key if key is not None and disk.path(key) == path else None
 
 
 def _stray(path: Path, findings: _Findings) -> None:
@@ -116,7 +114,7 @@ def _stray(path: Path, findings: _Findings) -> None:
 
 def _check_file(disk: DiskTier, path: Path, key: bytes, findings: _Findings) -> int | None:
     try:
-        source = open_block(path, max_bytes=disk.largest_file)
+        source = open_block(path, disk.codec, max_bytes=disk.largest_file)
         info, size = source.info, source.file_nbytes
         try:
             if info.key != key:
@@ -126,6 +124,9 @@ def _check_file(disk: DiskTier, path: Path, key: bytes, findings: _Findings) -> 
             source.close()
     except FileNotFoundError:
         return None  # evicted by another process since the folder was listed
+    except EncryptedBlockError as error:
+        findings.add(f"{path.name}: {error} (left alone)")
+        return None
     except BlockFormatError as error:
         reason = str(error)
         findings.add(f"{path.name}: {reason}", lambda: disk.quarantine(key, reason))
@@ -144,7 +145,7 @@ def _check_file(disk: DiskTier, path: Path, key: bytes, findings: _Findings) -> 
 
 
 def _enter(disk: DiskTier, path: Path) -> None:
-    disk.catalog.insert([read_row(path)])
+    disk.catalog.insert([read_row(path, disk.codec)])
 
 
 def _check_modes(disk: DiskTier, files: list[Path], findings: _Findings) -> None:
@@ -155,6 +156,7 @@ def _check_modes(disk: DiskTier, files: list[Path], findings: _Findings) -> None
         *(disk.root / "namespaces").glob("*"),
         *(disk.root / "quarantine").glob("*"),
         *disk.root.glob("kvembed.db*"),
+        *disk.root.glob(MARKER_NAME),
     ]
     for path in [*sorted(folders), *files, *others]:
         try:

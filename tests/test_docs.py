@@ -114,5 +114,11 @@ def test_the_budgets_page_names_every_option_of_the_store_that_bounds_it() -> No
     page = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
     import inspect
 
-    options = set(inspect.signature(kvembed.KVStore.__init__).parameters) - {"self", "path", "durability", "read_only"}
+    options = set(inspect.signature(kvembed.KVStore.__init__).parameters) - {
+        "self",
+        "path",
+        "durability",
+        "key",
+        "read_only",
+    }
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == options

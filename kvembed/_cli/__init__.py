@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvembed._cli import _common, bench, demo, doctor, forget, portable, store, tree, warm
+from kvembed._cli import _common, bench, demo, doctor, forget, key, portable, store, tree, warm
 from kvembed._errors import KVEmbedError, KVEmbedWarning
 
 __all__ = ["app", "main"]
@@ -65,7 +65,7 @@ def _root(
     """Prompt caching inside your own Python process: look at the store, try it, measure it."""
 
 
-for _module in (demo, store, tree, warm, forget, portable, bench, doctor):
+for _module in (demo, store, tree, warm, forget, portable, key, bench, doctor):
     _module.register(app)
 
 

@@ -40,7 +40,7 @@ class Problem:
 
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {}
-    for name in ("kvembed", "torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf"):
+    for name in ("kvembed", "torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf", "cryptography"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -63,6 +63,7 @@ def inspect_machine(path: Path, *, quick: bool = False) -> dict[str, Any]:
     import torch
 
     from kvembed._budgets import cpu_budget, disk_budget, physical_memory
+    from kvembed._codec import marker_stamp
     from kvembed._loading.dtype import default_device, explain_dtype
     from kvembed._paths import is_disabled
 
@@ -93,6 +94,7 @@ def inspect_machine(path: Path, *, quick: bool = False) -> dict[str, Any]:
         "store": {
             "path": str(path),
             "exists": path.exists(),
+            "encrypted": marker_stamp(path) is not None if path.is_dir() else False,
             "is_folder": path.is_dir() if path.exists() else None,
             "writable": _machine.is_writable(path),
             "file_system": kind,
@@ -145,6 +147,8 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
             f"only {format_bytes(store['free_bytes'])} are free on the store's disk",
             "Free some space, or run kvembed prune --max-bytes.",
         )
+    if store["encrypted"] and not versions["cryptography"]:
+        error(f"{store['path']} is encrypted, and a package is missing", "pip install 'kvembed[encryption]'")
     if facts["torch_threads"] > facts["cores"]:
         warn(
             f"torch uses {facts['torch_threads']} threads on {facts['cores']} cores, which slows everything down",
@@ -224,6 +228,7 @@ def _rate(value: float | None) -> str:
 def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
     out = _common.console()
     store, versions = facts["store"], facts["versions"]
+    encrypted = ", encrypted" if store["encrypted"] else ""
     rows: list[tuple[str, str]] = [
         ("kvembed", f"{versions['kvembed']} on Python {facts['python']}, {facts['platform']}"),
         ("packages", ", ".join(f"{k} {v or 'missing'}" for k, v in versions.items() if k != "kvembed")),
@@ -231,7 +236,7 @@ def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
         ("dtype", f"{facts['dtype']}: {facts['dtype_reason']}"),
         ("processor", f"{facts['cores']} cores, torch uses {facts['torch_threads']} threads"),
         ("memory", format_bytes(facts["memory_bytes"])),
-        ("store", f"{store['path']}{'' if store['exists'] else ' (not made yet)'}"),
+        ("store", f"{store['path']}{'' if store['exists'] else ' (not made yet)'}{encrypted}"),
         (
             "disk",
             f"{store['file_system'] or 'unknown file system'}, {format_bytes(store['free_bytes'])} free"

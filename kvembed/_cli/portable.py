@@ -22,14 +22,19 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def export(
-        what: _What, file: _Target, folder: _common.DirOption = None, as_json: _common.JsonOption = False
+        what: _What,
+        file: _Target,
+        plain: bool = typer.Option(False, "--plain", help="Do not encrypt the file of an encrypted store."),
+        folder: _common.DirOption = None,
+        as_json: _common.JsonOption = False,
     ) -> None:
         """Write the blocks of a sequence to one file.
 
-        The file is not encrypted and has the text's tokens in it.
+        The file of an encrypted store is encrypted with its key. Any other has the text's tokens in it, for whoever has
+        the file.
         """
         with _common.existing_store(folder) as store:
-            report = store.export(file, what)
+            report = store.export(file, what, plain=plain)
         _common.show(report, as_json)
 
     @app.command(name="import")
@@ -41,6 +46,9 @@ def register(app: typer.Typer) -> None:
         dtype: str = typer.Option("auto", help="Type of that model's weights."),
         any_model: bool = typer.Option(False, "--any-model", help="Take blocks of a model the store does not know."),
         pin: str | None = typer.Option(None, help="Pin them under this name.", show_default=False),
+        key: str | None = typer.Option(
+            None, help="Where the key of an encrypted file is: env, keyring or keyring:name.", show_default=False
+        ),
         folder: _common.DirOption = None,
         as_json: _common.JsonOption = False,
     ) -> None:
@@ -52,8 +60,8 @@ def register(app: typer.Typer) -> None:
 
         with KVStore(_common.store_path(folder)) as store:
             if model is None:
-                report = store.import_(file, pin=pin, any_model=any_model)
+                report = store.import_(file, pin=pin, any_model=any_model, key=key)
             else:
                 with _common.load_model(model, store, Steps(quiet=as_json), dtype=dtype) as cached:
-                    report = cached.import_(file, pin=pin)
+                    report = cached.import_(file, pin=pin, key=key)
         _common.show(report, as_json)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvembed._blockfile import BlockFileSource, EncodedBlock, open_block, read_ids
-from kvembed._errors import BlockFormatError
+from kvembed._codec import marker_stamp
+from kvembed._errors import BlockFormatError, EncryptedBlockError
 from kvembed._files import disk_usage, unlink_quietly, write_file
 from kvembed._keys import probe_of
 from kvembed._paths import make_private_dir
@@ -72,6 +73,7 @@ class DiskTier:
     ) -> None:
         self.root = root
         self.catalog = catalog
+        self.codec = catalog.codec
         self.max_bytes = max_bytes
         self._sync = durability == "safe"
         self.largest_file = max(max_bytes, _BELIEVABLE)
@@ -87,7 +89,7 @@ class DiskTier:
 
     def path(self, key: bytes) -> Path:
         """Return where the file of a block lies."""
-        name = key.hex()
+        name = self.codec.key(key).hex()
         return self.root / "blocks" / name[:2] / f"{name}.safetensors"
 
     @property
@@ -134,12 +136,14 @@ class DiskTier:
             sqlite3.Error: The catalog cannot be written.
         """
         info = block.info
+        if self._is_stale():
+            return False
         old = self.catalog.row(info.key)
         path = self.path(info.key)
         if old is not None and (old.info.exact or not info.exact) and path.exists():
             self.touch([info.key])
             return True
-        encoded = EncodedBlock(block, self._writer)
+        encoded = EncodedBlock(block, self._writer, codec=self.codec)
         whole, admission = encoded.disk_nbytes, self._admission
         if admission is not None and not admission.take(info, whole):
             return False
@@ -250,7 +254,7 @@ class DiskTier:
         if key in self._bad:
             return None
         try:
-            source = open_block(self.path(key), max_bytes=self.largest_file)
+            source = open_block(self.path(key), self.codec, max_bytes=self.largest_file)
             if source.info.key == key:
                 return source
             source.close()
@@ -258,7 +262,7 @@ class DiskTier:
         except FileNotFoundError:
             self._forget(key, None)
         except BlockFormatError as error:
-            self.quarantine(key, str(error))
+            self.refuse(key, error)
         except OSError as error:
             self._report(f"read:{error.errno}", f"block {key.hex()[:12]} cannot be read now: {error.strerror}")
         return None
@@ -272,17 +276,42 @@ class DiskTier:
     def read_ids(self, key: bytes) -> TokenIds | None:
         """Return the token ids of a block, or None like `open`."""
         try:
-            return read_ids(self.path(key), max_bytes=self.largest_file)
+            return read_ids(self.path(key), self.codec, max_bytes=self.largest_file)
         except FileNotFoundError:
             self._forget(key, None)
         except BlockFormatError as error:
-            self.quarantine(key, str(error))
+            self.refuse(key, error)
         except OSError as error:
             self._report(f"read:{error.errno}", f"block {key.hex()[:12]} cannot be read now: {error.strerror}")
         return None
 
+    def _is_stale(self) -> bool:
+        """True when the store was encrypted, or given another key, since it was opened: it is not ours any more."""
+        try:
+            stale = marker_stamp(self.root) != self.codec.stamp
+        except OSError:
+            return False
+        if stale:
+            self._report(
+                "stale",
+                f"the encryption of {self.root} has changed since it was opened: nothing more is read or stored; "
+                "open it again",
+            )
+        return stale
+
+    def refuse(self, key: bytes, error: BlockFormatError) -> None:
+        """Do not use a file: it goes to quarantine, unless it only wants its key."""
+        if not isinstance(error, EncryptedBlockError):
+            self.quarantine(key, str(error))
+            return
+        self._bad.add(key)
+        self._report("encrypted", f"{self.root} has encrypted blocks, which are not used: open it with its key")
+
     def quarantine(self, key: bytes, reason: str) -> None:
         """Move a file that must not be used out of the way, and forget the block."""
+        if self._is_stale():
+            self._bad.add(key)
+            return
         path = self.path(key)
         folder = self.root / "quarantine"
         kept = "" if self.catalog.read_only else f" (kept in {folder} for a while)"
@@ -314,7 +343,7 @@ class DiskTier:
     def empty_quarantine(self, keys: Iterable[bytes] | None) -> None:
         """Delete the quarantined files of ``keys``, or all."""
         folder = self.root / "quarantine"
-        names = None if keys is None else {key.hex() for key in keys}
+        names = None if keys is None else {key.hex() for key in self.codec.keys(keys)}
         with contextlib.suppress(OSError):
             for path in folder.iterdir():
                 if names is None or path.name[:64] in names:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SOUND: dict[str, Any] = {
-    "versions": {"gguf": "1.0"},
+    "versions": {"gguf": "1.0", "cryptography": "47"},
     "disabled": False,
     "cores": 4,
     "torch_threads": 4,
@@ -26,6 +26,7 @@ _SOUND: dict[str, Any] = {
         "writable": True,
         "file_system": "ext4",
         "network": False,
+        "encrypted": False,
         "free_bytes": 1 << 40,
     },
 }
@@ -46,6 +47,7 @@ def test_a_sound_machine_has_no_problems() -> None:
         ({"torch_threads": 64}, "warning", "OMP_NUM_THREADS"),
         ({"disabled": True}, "warning", "KVEMBED_DISABLE"),
         ({"versions": {"gguf": None}}, "warning", "pip install"),
+        ({"store": {"encrypted": True}, "versions": {"cryptography": None}}, "error", "kvembed[encryption]"),
     ],
 )
 def test_each_problem_is_named_with_a_fix(change: dict[str, Any], level: str, word: str) -> None:

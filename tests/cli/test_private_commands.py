@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import sys
+import types
 from typing import TYPE_CHECKING, Any
+
+from kvembed import KVStore
+from kvembed._testing import keys_of, put_all, random_chain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import pytest
 
     Run = Callable[..., Any]
 
@@ -71,3 +79,49 @@ def test_import_refuses_another_model_in_words(run: Run, run_json: Run, tiny_fol
     error = run("import", file, *options, "--dtype", "bfloat16", status=1).stderr
     assert "dtype is 'float32' there, 'bfloat16' here" in error
     assert run_json("import", file, *options, "--dtype", "float32")["new"] > 0
+
+
+def test_keys_and_encrypted_stores(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = run("key", "new").stdout.strip()
+    assert len(base64.b64decode(key)) == 32
+    store, chain, file = tmp_path / "store", random_chain(3), tmp_path / "out.kvembed"
+    with KVStore(store, key=base64.b64decode(key)) as opened:
+        put_all(opened, chain)
+        opened.pin(keys_of(chain), "report")
+    said = run("ls", "--dir", store, status=1).stderr
+    assert "is encrypted" in said
+    assert "KVEMBED_KEY" in said
+    assert "is encrypted" in run("key", "check", "--dir", store, status=1).stderr
+    monkeypatch.setenv("KVEMBED_KEY", base64.b64encode(bytes(32)).decode())
+    assert "not the key" in run("key", "check", "--dir", store, status=1).stderr
+    monkeypatch.setenv("KVEMBED_KEY", key)
+    assert run_json("key", "check", "--dir", store) == {"path": str(store), "encrypted": True, "fits": True}
+    assert "this is its key" in run("key", "check", "--dir", store).stdout
+    assert [entry["names"] for entry in run_json("ls", "--dir", store)] == [["report"]]
+    assert "(encrypted)" in run("stats", "--dir", store).stdout
+    assert run_json("verify", "--dir", store)["blocks"] == 3
+    assert run_json("doctor", "--quick", "--dir", store)["store"]["encrypted"]
+    run("export", "report", file, "--dir", store)
+    assert chain[0].token_ids.tobytes() not in file.read_bytes()
+    assert "is encrypted" in run("import", file, "--dir", tmp_path / "plain", status=1).stderr
+    assert run_json("import", file, "--key", "env", "--dir", tmp_path / "plain")["new"] == 3
+    run("export", "report", file, "--plain", "--dir", store)
+    assert chain[0].token_ids.tobytes() in file.read_bytes()
+    assert "not encrypted" in run("key", "check", "--dir", tmp_path / "plain").stdout
+    assert "no store" in run("key", "check", "--dir", tmp_path / "none", status=1).stderr
+
+
+def test_a_key_in_the_keyring(run: Run, run_json: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[tuple[str, str], str] = {}
+    fake: Any = types.ModuleType("keyring")
+    fake.get_password = lambda service, name: held.get((service, name))
+    fake.set_password = lambda service, name, text: held.update({(service, name): text})
+    monkeypatch.setitem(sys.modules, "keyring", fake)
+    said = run("key", "new", "--keyring", "work").stdout
+    assert "keyring:work" in said
+    assert held["kvembed", "work"] not in said
+    assert "already" in run("key", "new", "--keyring", "work", status=1).stderr
+    KVStore(tmp_path, key="keyring:work").close()
+    assert run_json("key", "check", "--keyring", "work", "--dir", tmp_path)["fits"]
+    monkeypatch.setenv("KVEMBED_KEY", "keyring:work")
+    assert run_json("ls", "--dir", tmp_path) == []

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 
     from kvembed._block import Block
 
-__all__ = ["WORKLOADS", "Workload"]
+__all__ = ["KEYS", "OLD", "WORKLOADS", "Workload", "copy_folder", "known_blocks", "opened"]
 
 OLD = [*random_chain(4, seed=1), *random_chain(2, seed=2)]
 NEW = [*random_chain(5, seed=3), *random_chain(1, seed=4)]
 ROUGH = [replace(b, info=replace(b.info, exact=False), data=b.data[::-1].copy()) for b in OLD]
 TAIL = random_block(OLD[1].key, OLD[2].token_ids[:10], start=32, seed=9, exact=False)
+
+
+KEYS: list[bytes] = []
+"""The key of all stores, if they are to be encrypted."""
+
+
+def opened(root: Path, **options: object) -> KVStore:
+    """Open a store."""
+    return KVStore(root, key=KEYS[0] if KEYS else None, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ class Workload:
 
     def open(self, root: Path, **options: object) -> KVStore:
         """Open the folder the way the workload does."""
-        return KVStore(root, max_disk_bytes=self.budget, durability=self.durability, **options)  # type: ignore[arg-type]
+        options |= {"max_disk_bytes": self.budget, "durability": self.durability}
+        return opened(root, **options)
 
     @property
     def before(self) -> list[Block]:
@@ -86,14 +96,14 @@ def nothing(root: Path) -> None:
 
 def some(root: Path) -> None:
     """Start from a store with the old blocks."""
-    with KVStore(root, max_cpu_bytes=None) as store:
+    with opened(root, max_cpu_bytes=None) as store:
         store.register_namespace(FINGERPRINT, {"name": "tiny"})
         put_all(store, OLD)
 
 
 def with_rough(root: Path) -> None:
     """Start from blocks that are not exact, and a tail that a whole block will cover."""
-    with KVStore(root, max_cpu_bytes=None) as store:
+    with opened(root, max_cpu_bytes=None) as store:
         put_all(store, ROUGH[:2])
         store.put(TAIL)
         put_all(store, OLD[4:])
@@ -102,7 +112,7 @@ def with_rough(root: Path) -> None:
 def with_bad_files(root: Path) -> None:
     """Start from a store with a file that is cut and one with a flipped bit."""
     some(root)
-    with KVStore(root, max_cpu_bytes=None) as store:
+    with opened(root, max_cpu_bytes=None) as store:
         paths = [block_path(store, block) for block in OLD]
     os.truncate(paths[3], 100)
     data = bytearray(paths[5].read_bytes())
@@ -119,7 +129,7 @@ def with_bad_catalog(root: Path) -> None:
 def with_leftovers(root: Path) -> None:
     """Start from what crashes leave: a file without a row, and temporary files."""
     some(root)
-    with KVStore(root, max_cpu_bytes=None) as store:
+    with opened(root, max_cpu_bytes=None) as store:
         assert store._catalog is not None
         path = block_path(store, OLD[5])
         store._catalog.delete([OLD[5].key])

@@ -2,6 +2,7 @@
 
     python -m tests.crashes.driver kill --runs 5000 --seed 1
     python -m tests.crashes.driver fail --runs 2000
+    python -m tests.crashes.driver kill --runs 1000 --encrypted
 
 A process of its own, because a fork of a process that has loaded torch costs ten times as much.
 """
@@ -27,20 +28,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvembed import KVEmbedError, KVStore, StoreWarning
+from kvembed import KVEmbedError, StoreWarning
 from kvembed._testing import random_block
 
 from ._steps import FAILURES, Steps, jumping_clock
-from ._workloads import OLD, WORKLOADS, Workload, copy_folder, known_blocks
+from ._workloads import KEYS, OLD, WORKLOADS, Workload, copy_folder, known_blocks, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvembed import KVStore
     from kvembed._block import Block
 
 _HANGS_AFTER_S = 60
 _KNOWN = known_blocks()
-_ROOT_NAMES = {"blocks", "quarantine", "namespaces", "kvembed.db", ".catalog.lock"}
+_ROOT_NAMES = {"blocks", "quarantine", "namespaces", "kvembed.db", ".catalog.lock", "encryption.json"}
 
 
 def in_child(
@@ -94,7 +96,7 @@ def check(load: Workload, root: Path, flushed: list[bytes], *, strict: bool) -> 
     with load.schema(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with KVStore(root, max_cpu_bytes=None, max_disk_bytes=load.budget) as store:
+            with opened(root, max_cpu_bytes=None, max_disk_bytes=load.budget) as store:
                 _check_open(load, root, store, flushed, wrong, strict)
         except Exception:
             wrong.append(f"does not open: {traceback.format_exc(limit=-6)}")
@@ -326,7 +328,10 @@ def main() -> None:
     parser.add_argument("what", choices=["kill", "fail"])
     parser.add_argument("--runs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encrypted", action="store_true", help="Encrypt the stores.")
     args = parser.parse_args()
+    if args.encrypted:
+        KEYS.append(bytes(range(32)))
     began = time.perf_counter()
     assert OLD
     # What a killed process leaves does not depend on the file system; waiting for a device would take most of the time.

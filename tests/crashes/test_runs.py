@@ -43,3 +43,9 @@ def test_killed_at_every_step(seed: int) -> None:
 def test_calls_that_fail() -> None:
     found = drive("fail", "--runs", 240, "--seed", 0)
     assert found["wrong"] == []
+
+
+def test_encrypted_stores() -> None:
+    for what, runs in (("kill", 120), ("fail", 60)):
+        found = drive(what, "--runs", runs, "--seed", 2, "--encrypted")
+        assert found["wrong"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import xxhash
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MUTATIONS", "mutated", "rewritten"]
+__all__ = ["MUTATIONS", "mutated", "mutated_sealed", "rewritten"]
 
 
 def header_end(good: bytes) -> int:
@@ -190,3 +191,77 @@ def mutated(good: bytes, others: list[bytes], seed: int) -> tuple[str, bytes]:
     if name not in MUTATIONS:
         return name, rng.choice(others)
     return name, MUTATIONS[name](good, rng)
+
+
+# ------------------------------------------------------------------------------------- encrypted files
+
+_PREFIX = struct.Struct("<8sIIIIQ32s")
+_FIELDS = ("magic", "version", "part size", "head size", "zero", "content size", "salt")
+_GENERAL = (
+    "other bytes",
+    "cut",
+    "longer",
+    "another header length",
+    "a hole",
+    "shifted",
+    "doubled",
+    "a JSON bomb",
+    "noise",
+)
+
+
+def sealed_regions(good: bytes) -> dict[str, tuple[int, int]]:
+    """Return where what lies in a good encrypted file: fields, and each part's content and tag."""
+    regions: dict[str, tuple[int, int]] = {}
+    at = 0
+    for name, nbytes in zip(_FIELDS, (8, 4, 4, 4, 4, 8, 32), strict=True):
+        regions[name] = (at, at + nbytes)
+        at += nbytes
+    _, _, part, head, _, content, _ = _PREFIX.unpack(good[: _PREFIX.size])
+    sizes = [head, *[part] * ((content - head) // part), (content - head) % part]
+    for number, nbytes in enumerate(size for size in sizes if size):
+        regions[f"part {number}"] = (at, at + nbytes)
+        regions[f"tag {number}"] = (at + nbytes, at + nbytes + 16)
+        at += nbytes + 16
+    assert at == len(good)
+    return regions
+
+
+def _sealed_field(good: bytes, rng: random.Random) -> bytes:
+    fields = list(_PREFIX.unpack(good[: _PREFIX.size]))
+    at = rng.randrange(1, 6)
+    before = fields[at]
+    while fields[at] == before:
+        fields[at] = rng.choice([0, 1, 16, before - 1, before + 1, before ^ 64, before * 2, (1 << 32) - 1]) % (1 << 32)
+    return _PREFIX.pack(*fields) + good[_PREFIX.size :]
+
+
+def _swapped_parts(good: bytes, rng: random.Random) -> bytes:
+    parts = [span for name, span in sealed_regions(good).items() if name.startswith("part")]
+    (a, b), (c, d) = rng.sample(parts, 2)
+    n = min(b - a, d - c)
+    data = bytearray(good)
+    data[a : a + n], data[c : c + n] = good[c : c + n], good[a : a + n]
+    return bytes(data)
+
+
+def mutated_sealed(good: bytes, others: list[bytes], seed: int) -> tuple[str, bytes]:
+    """Return what was done to an encrypted file, and the file."""
+    rng = random.Random(seed)
+    regions = sealed_regions(good)
+    kind = rng.choice(["region", "region", "field", "swapped parts", "another's", "general", "general"])
+    if kind == "field":
+        return "a field of the prefix", _sealed_field(good, rng)
+    if kind == "swapped parts":
+        return kind, _swapped_parts(good, rng)
+    if kind == "another's":
+        other, cut = rng.choice(others), rng.choice([0, _PREFIX.size, len(good) // 2])
+        return "an encrypted file of another block, or half of it", (good[:cut] + other[cut:]) if cut else other
+    if kind == "general":
+        name = rng.choice(_GENERAL)
+        return name, MUTATIONS[name](good, rng)
+    # Every region in turn.
+    name, (begin, end) = list(regions.items())[seed % len(regions)]
+    data = bytearray(good)
+    data[rng.randrange(begin, end)] ^= 1 << rng.randrange(8)
+    return f"a flipped bit in: {name}", bytes(data)

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvembed import KVStore
+from kvembed._block import Layout, TensorSpec
 from kvembed._errors import BlockFormatError
-from kvembed._testing import block_path, put_all, random_chain
+from kvembed._testing import SMALL_LAYOUT, block_path, put_all, random_chain
 
-from ._mutate import mutated
+from ._mutate import mutated, mutated_sealed
 
 if TYPE_CHECKING:
     from kvembed._block import Block
@@ -57,20 +58,25 @@ def read_as_a_restore(store: KVStore, block: Block) -> str:
     return "right"
 
 
-def fuzz(folder: Path, files: int, seed: int) -> tuple[collections.Counter[str], list[str], int]:
+def fuzz(
+    folder: Path, files: int, seed: int, key: bytes | None = None
+) -> tuple[collections.Counter[str], list[str], int]:
     """Return how many files were answered how, what was wrong, and the most memory in use at once (bytes)."""
     counts: collections.Counter[str] = collections.Counter()
     wrong: list[str] = []
-    block, other = random_chain(2, seed=5)[1], random_chain(1, seed=6)[0]
+    # Encrypted files in several parts.
+    layout = SMALL_LAYOUT if key is None else Layout(tuple(TensorSpec(0, name, 2, 256, "F32") for name in ("k", "v")))
+    block, other = random_chain(2, seed=5, layout=layout)[1], random_chain(1, seed=6, layout=layout)[0]
     peak = 0
-    with KVStore(folder, max_cpu_bytes=None) as store:
+    change = mutated if key is None else mutated_sealed
+    with KVStore(folder, max_cpu_bytes=None, key=key) as store:
         put_all(store, [block, other])
         store.flush()
         path = block_path(store, block)
         good, foreign = path.read_bytes(), block_path(store, other).read_bytes()
         tracemalloc.start()
         for number in range(seed, seed + files):
-            what, content = mutated(good, [foreign], number)
+            what, content = change(good, [foreign], number)
             if not store.lookup([block.key]):
                 store.put(block)
                 store.flush()
@@ -110,11 +116,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encrypted", action="store_true", help="Encrypt the store.")
     args = parser.parse_args()
     began = time.perf_counter()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="kvembed-fuzz-", dir=memory) as folder:
-        counts, wrong, peak = fuzz(Path(folder), args.files, args.seed)
+        counts, wrong, peak = fuzz(Path(folder), args.files, args.seed, bytes(32) if args.encrypted else None)
     seconds = round(time.perf_counter() - began, 1)
     result = {"files": sum(counts.values()), "seconds": seconds, "peak_bytes": peak, "counts": counts, "wrong": wrong}
     json.dump(result, sys.stdout, indent=1, sort_keys=True)

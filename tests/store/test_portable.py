@@ -92,8 +92,8 @@ def test_the_file_is_private_and_whole_or_not_there(store: KVStore, tmp_path: Pa
             raise OSError(28, "No space left on device")
         return plain(self)
 
-    plain: Any = EncodedBlock.buffers.fget
-    monkeypatch.setattr(EncodedBlock, "buffers", property(fail))
+    plain: Any = EncodedBlock.buffers
+    monkeypatch.setattr(EncodedBlock, "buffers", fail)
     with pytest.raises(Exception, match="No space"):
         store.export(file, keys_of(blocks))
     assert file.read_bytes() == before

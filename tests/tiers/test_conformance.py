@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvembed._catalog import Catalog
+from kvembed._encryption.sealed import SealedCodec
 from kvembed._errors import ConfigError
 from kvembed._files import disk_usage
 from kvembed._keys import probe_of
@@ -32,14 +33,15 @@ class MakeTier(Protocol):
     def __call__(self, blocks: int = 100) -> Tier: ...
 
 
-@pytest.fixture(params=["cpu", "disk"])
+@pytest.fixture(params=["cpu", "disk", "disk, encrypted"])
 def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> MakeTier:
     def make(blocks: int = 100) -> Tier:
         if request.param == "cpu":
             return CpuTier(blocks * BLOCK_BYTES)
         root = tmp_path / "store"
         (root / "blocks").mkdir(parents=True)
-        catalog = Catalog(root / "kvembed.db", create=True)
+        codec = SealedCodec(bytes(32), b"") if "encrypted" in request.param else None
+        catalog = Catalog(root / "kvembed.db", create=True, codec=codec)
         request.addfinalizer(catalog.close)
         return DiskTier(root, catalog, blocks * (FILE_BYTES + 4096) + 4096)
 
