@@ -6,6 +6,7 @@ until  difference
 5.20   ``crop()`` of a stock layer takes a positive length too; ours hand it on. Nothing to do.
 5.21   chunked prefill starts over on a filled cache: `CHUNKS_RESUME`.
 5.21   Qwen 4's indexer keeps positions on the cache itself, not in its layers: the probe refuses such a model.
+5.23   Gemma 3 cuts its token types for the mask where it goes on: the trial with pictures finds it, nothing to do.
 5.23   layers without a cache of their own are empty linear ones, or missing at the end: no layer is a `DummyLayer`.
 ====== =============================================================================================================
 
