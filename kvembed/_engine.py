@@ -364,8 +364,9 @@ class Engine:
         return [LiveTokens(self._live_tier, self.root, live.ids, size) for live in self.live.of_root(self.root)]
 
     def live_stats(self) -> TierStats:
-        """Return how full the live tier is; its blocks are sequences."""
-        return TierStats(self._live_tier, len(self.live), self.live.nbytes, self.live.max_bytes, 0, 0)
+        """Return how full the live tier is; its blocks are sequences, its bytes those kept for the next ones too."""
+        nbytes = self.live.nbytes + (self._pool.free_bytes if self._on_host else 0)
+        return TierStats(self._live_tier, len(self.live), nbytes, self.live.max_bytes, 0, 0)
 
     def drop_live(self) -> None:
         """Forget the live sequences; their blocks stay stored."""

@@ -526,10 +526,16 @@ class CachedModel:
         with self._lock:
             self._engine.refresh()
 
-    def drop_live(self) -> None:
-        """Release the caches of recent sequences; their blocks stay in the other tiers."""
+    def drop_live(self, *, release: bool = False) -> None:
+        """Drop the caches of recent sequences; their blocks stay in the other tiers.
+
+        Args:
+            release: Give their memory back to the system, rather than keep it for the next caches.
+        """
         with self._lock:
             self._engine.drop_live()
+            if release:
+                self._engine.release_memory()
 
     def close(self) -> None:
         """Write what is pending, release memory, and close the store if this model opened it."""

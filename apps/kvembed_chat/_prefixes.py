@@ -127,7 +127,7 @@ class StorePrefixes:
         """Pin a row under its digits."""
         keys = tree.chain(row)
         name = self._store().pin(keys, row.id)
-        return f"pinned {format_count(len(keys))} blocks as {name}"
+        return f"pinned {_blocks(len(keys))} as {name}"
 
     def unpin(self, row: PrefixRow) -> str:
         """Drop all names of a row."""
@@ -146,7 +146,7 @@ class StorePrefixes:
         # Waits for a reply that is being written: it would put back what it has.
         model = self._model()
         if model is not None:
-            model.drop_live()
+            model.drop_live(release=True)
 
     def verify(self, row: PrefixRow) -> str:
         """Check a row's files."""
@@ -155,7 +155,7 @@ class StorePrefixes:
             report = store.verify(fix=True, keys=row.keys)
         except StoreReadOnlyError:
             report = store.verify(keys=row.keys)
-        head = f"{format_count(report.blocks)} blocks, {format_bytes(report.nbytes)}: "
+        head = f"{_blocks(report.blocks)}, {format_bytes(report.nbytes)}: "
         if not report.problems:
             return head + ("all good" if report.blocks else "nothing on disk to check")
         return f"{head}{len(report.problems)} damaged, set aside"
@@ -167,4 +167,8 @@ class StorePrefixes:
         keys = tree.chain(row)
         if row.names:
             self.unpin(row)
-        return f"erased {format_count(store.forget(keys))} blocks"
+        return f"erased {_blocks(store.forget(keys))}"
+
+
+def _blocks(n: int) -> str:
+    return "1 block" if n == 1 else f"{format_count(n)} blocks"

@@ -43,6 +43,16 @@ _TEXT = """\
 | ctrl+b, F3 | show or hide the list (in tmux, ctrl+b has to be pressed twice) |
 | in the list | enter opens, `r` rename, `f` fork, `d` delete, `u` undo delete |
 
+## The cache (F2)
+| key | what it does |
+|---|---|
+| p | pin a prefix, or unpin it |
+| e | evict it: from memory, from disk, everywhere |
+| v | verify: read its files to their end |
+| x | forget: erase it, what follows it, and what only led to it |
+| t | show its first words |
+| `/`, s, r | filter, sort, read again |
+
 ## The rest
 | key | what it does |
 |---|---|
