@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -39,6 +41,14 @@ def test_a_turn_that_came_from_everywhere() -> None:
         "14,336 prompt · █ gpu 2,102 · ▓ cpu 2,816 · ▒ disk 9,216 · ░ computed 202 · TTFT 0.61 s",
         "saved ≈ 5.9 s · 41.5 tok/s · 312 out",
     ]
+
+
+def test_the_page_shows_what_the_app_shows() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+    usage = replace(MIXED, cached_tokens_by_tier={"live": 2102, "cpu": 2816, "disk": 9216})
+    assert "```\n" + "\n".join(plain(usage, 80)) + "\n```" in page
+    narrow = Usage(prompt_tokens=14_336, cached_tokens_by_tier={"disk": 14_134}, ttft_s=0.61)
+    assert f"`{plain(narrow, narrow=True)[0]}`" in page
 
 
 def test_the_narrow_form_is_one_line() -> None:
