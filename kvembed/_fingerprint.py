@@ -24,10 +24,9 @@ from typing import Any
 
 import blake3
 import torch
-import xxhash
 
 from kvembed._compiled import is_compiled
-from kvembed._weights import kept_beside, sample_view, scan, tensors_of, weights_checksum
+from kvembed._weights import WeightsWatch, weights_checksum
 
 __all__ = ["FORMAT", "Fingerprint", "adapter_refusal", "describe_difference"]
 
@@ -232,8 +231,8 @@ class Fingerprint:
         attn, kinds, block_size = self._extra
         quantisation = getattr(model.config, "quantization_config", None)
         self._modules = _walk(model)
-        self._keepers = kept_beside(self._modules)
-        device = next(iter(tensors_of(self._modules, [])[0])).device
+        self._watch = WeightsWatch(self._modules)  # first: an edit from now on is seen later
+        device = self._watch.device
         processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else _device_name(device)
         self._tree = [(module, dict(module._modules)) for _, module in self._modules]
         self._states = _module_states(self._modules)
@@ -262,7 +261,6 @@ class Fingerprint:
         # The name is for people: the same weights under another folder name are the same model.
         identity = {k: v for k, v in self.fields.items() if k != "name"}
         self.digest = blake3.blake3(json.dumps(identity, sort_keys=True).encode()).digest()
-        self._remember()
 
     def _states_text(self) -> str:
         """Write the states down, for the digest.
@@ -296,15 +294,6 @@ class Fingerprint:
             self._patches.append(forward)
         return f"{name} {self._patches.index(forward)} {self._salt}"
 
-    def _remember(self) -> None:
-        tensors, self._kept_settings, self._closed = tensors_of(self._modules, self._keepers)
-        self._seen = scan(tensors, self._closed)
-        self._views = [sample_view(t) for t in tensors]
-        self._sample = self._sampled()
-
-    def _sampled(self) -> int:
-        return xxhash.xxh3_64_intdigest(b"".join(v.tobytes() for v in self._views if v is not None))
-
     def changed(self, attn_implementation: str, *, tensors: bool = True) -> bool:
         """Return True when the model may compute other KV than the digest says.
 
@@ -317,17 +306,13 @@ class Fingerprint:
         # Adapters make thousands of modules: to look whether the tree is the same is much cheaper than to walk it.
         if any(module._modules != children for module, children in self._tree):
             return True
-        if tensors and self._tensors_changed():
+        if tensors and self._watch.changed():
             return True
         if _global_hook_ids() != self._global_hooks:
             return True
         if not _same_states(self._states) or any(kind.forward is not f for kind, f in self._classes.items()):
             return True
         return _config_text(self._model.config) != self._config
-
-    def _tensors_changed(self) -> bool:
-        tensors, settings, closed = tensors_of(self._modules, self._keepers)
-        return scan(tensors, closed) != self._seen or settings != self._kept_settings or self._sampled() != self._sample
 
     def refresh(self, attn_implementation: str) -> None:
         """Compute the full checksum again."""

@@ -156,7 +156,16 @@ def relative_error(plain: torch.Tensor, logits: torch.Tensor) -> float:
 
 
 def _is_precise(model: Any) -> bool:
-    return model.dtype in (torch.float32, torch.float64)
+    """True for single precision throughout: 4-bit layers of bitsandbytes may compute in half of it in between."""
+    return model.dtype in (torch.float32, torch.float64) and not any(map(_halves, model.modules()))
+
+
+def _halves(module: torch.nn.Module) -> bool:
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    if state is None:
+        return False
+    packed = getattr(state, "packing_format_for_cpu", False)  # for instructions of bfloat16
+    return packed or vars(module).get("compute_dtype") in (torch.float16, torch.bfloat16)
 
 
 def _starts_over(model: Any) -> bool:

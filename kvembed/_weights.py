@@ -18,7 +18,7 @@ import xxhash
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["kept_beside", "sample_view", "scan", "tensors_of", "weights_checksum"]
+__all__ = ["WeightsWatch", "weights_checksum"]
 
 _SAMPLED_WORDS = 8
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -43,7 +43,7 @@ def _tensors(modules: _Modules) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{prefix}.{name}" if prefix else name, tensor
 
 
-def kept_beside(modules: _Modules) -> _Modules:
+def _kept_beside(modules: _Modules) -> _Modules:
     """Return the modules whose weights are not all parameters and buffers.
 
     They tell by how they are saved, or are layers of a library that quantises. The attributes of others are left alone:
@@ -115,7 +115,7 @@ def weights_checksum(modules: _Modules, salt: str) -> str:
         parts = _Parts(seen, unpack=True)
         parts.add("", tensor)
         add_parts(name, parts)
-    for name, module in kept_beside(modules):
+    for name, module in _kept_beside(modules):
         parts = _Parts(seen, unpack=True)
         parts.add_attributes(module)
         add_parts(f"{name} keeps", parts)
@@ -137,6 +137,8 @@ class _Parts:
         self.tensors: list[torch.Tensor] = []
         self.settings: list[tuple[Any, ...]] = []
         self.closed: list[Any] = []
+        self.owners: list[tuple[dict[Any, Any] | list[Any] | tuple[Any, ...], tuple[Any, ...], int | None]] = []
+        """What things are kept in (attributes, dicts, lists), what was there, and how much if nothing may be added."""
         self._seen = seen
         self._unpack = unpack
 
@@ -149,9 +151,11 @@ class _Parts:
         elif isinstance(value, _SETTINGS):
             self.settings.append((name, value))
         elif isinstance(value, dict):
+            self.owners.append((value, (*value.items(),), len(value)))
             for key in sorted(value, key=str):
                 self.add(f"{name}.{key}", value[key])
         elif isinstance(value, list | tuple):
+            self.owners.append((value, (*value,), len(value)))
             for item in value:
                 self.add(name, item)
         elif isinstance(value, torch.ScriptObject):
@@ -159,18 +163,16 @@ class _Parts:
         elif hasattr(value, "__dict__") and not callable(value) and not hasattr(value, "to_dict"):
             self.add_attributes(value)  # no module, no function, no config
 
-    def ignore(self, objects: dict[int, Any]) -> None:
-        """Take objects, by id, for added."""
-        self._seen.update(objects)
-
     def add_attributes(self, owner: Any) -> None:
         """Add what an object keeps in attributes, and objects there."""
         if id(owner) in self._seen:
             return
         self._seen[id(owner)] = owner
-        for name, value in sorted(vars(owner).items()):
-            if name not in _OF_EVERY_MODULE and name not in _OF_ONE_FORWARD:
-                self.add(name, value)
+        own = vars(owner)
+        kept = [name for name in sorted(own) if name not in _OF_EVERY_MODULE and name not in _OF_ONE_FORWARD]
+        self.owners.append((own, tuple((name, own[name]) for name in kept), None))
+        for name in kept:
+            self.add(name, own[name])
 
     def _add_tensor(self, tensor: torch.Tensor) -> None:
         kind = type(tensor)
@@ -182,6 +184,7 @@ class _Parts:
         elif hasattr(tensor, "__tensor_flatten__"):
             names, context = getattr(tensor, "__tensor_flatten__")()  # noqa: B009, for those that have it
             self.settings.append((kind.__qualname__, names, context))
+            self.owners.append((vars(tensor), (*vars(tensor).items(),), None))
             for name in names:
                 self.add(name, getattr(tensor, name))
         elif tensor.layout is torch.strided and _has_memory(tensor):
@@ -228,38 +231,76 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     return True
 
 
-def tensors_of(modules: _Modules, keepers: _Modules) -> tuple[list[torch.Tensor], list[Any], list[Any]]:
-    """Return all parameters and buffers once, packed ones as their parts; their settings; what cannot be looked into.
+class WeightsWatch:
+    """Sees at little cost that weights were edited since it was made.
+
+    Version counters and addresses show edits in place, loading and casting; a few words of every tensor show what those
+    miss. What tensors are kept in is compared by identity: to take packed tensors apart again costs ten times as much.
 
     Args:
-        modules: All modules.
-        keepers: What `kept_beside` found among them.
+        modules: All modules and their names.
+
+    Attributes:
+        device: Where the first of the tensors is.
     """
-    tensors = {id(t): t for _, module in modules for t in module._parameters.values()}
-    tensors |= {id(t): t for _, module in modules if module._buffers for t in module._buffers.values()}
-    parts = _Parts({}, unpack=False)
-    for tensor in tensors.values():
-        if tensor is not None:
-            if type(tensor) in _PLAIN and tensor.layout is torch.strided:
-                parts.tensors.append(tensor)
-            else:
+
+    def __init__(self, modules: _Modules) -> None:
+        self._modules = modules
+        own = self._own()
+        parts = _Parts({}, unpack=False)
+        for tensor in own.values():
+            if tensor is not None:
                 parts.add("", tensor)
-    if keepers:
-        parts.ignore(tensors)
-        for _, module in keepers:
+        for _, module in _kept_beside(modules):
             parts.add_attributes(module)
-    return parts.tensors, parts.settings, parts.closed
+        # References, so that nothing new can come to lie at the address of one of them.
+        self._tensors, self._closed, self._owners = parts.tensors, parts.closed, parts.owners
+        self._held, self._ids = [*own.values()], [*own]
+        self.device = self._tensors[0].device if self._tensors else torch.device("cpu")
+        self._marks = self._look()
+        self._views = [_sample_view(tensor) for tensor in self._tensors]
+        self._sample = self._sampled()
+
+    def changed(self) -> bool:
+        """Return True when an edit was seen."""
+        return (
+            [*self._own()] != self._ids
+            or not all(_holds(*item) for item in self._owners)
+            or self._look() != self._marks
+            or self._sampled() != self._sample
+        )
+
+    def _own(self) -> dict[int, torch.Tensor | None]:
+        """Return all parameters and buffers, by id."""
+        tensors = {id(t): t for _, module in self._modules for t in module._parameters.values()}
+        return tensors | {id(t): t for _, module in self._modules if module._buffers for t in module._buffers.values()}
+
+    def _look(self) -> list[list[int]]:
+        return [
+            [_version(t) for t in self._tensors],
+            [t.data_ptr() if t.device.type != "meta" else 0 for t in self._tensors],
+            [_version(item) for item in self._closed if isinstance(item, torch.Tensor)],
+        ]
+
+    def _sampled(self) -> int:
+        return xxhash.xxh3_64_intdigest(b"".join(v.tobytes() for v in self._views if v is not None))
 
 
-def scan(tensors: list[torch.Tensor], closed: list[Any]) -> list[list[int]]:
-    """Return what an edit of the tensors changes and costs nothing to look at: identities, versions, addresses."""
-    return [
-        [id(t) for t in tensors],
-        [_version(t) for t in tensors],
-        [t.data_ptr() if t.device.type != "meta" else 0 for t in tensors],
-        [id(item) for item in closed],
-        [_version(item) for item in closed if isinstance(item, torch.Tensor)],
-    ]
+def _holds(owner: Any, kept: tuple[Any, ...], length: int | None) -> bool:
+    """True when the attributes or items that were there are there."""
+    if length is not None and len(owner) != length:
+        return False
+    if not isinstance(owner, dict):
+        return all(map(_is_same, owner, kept))
+    for name, value in kept:
+        now = owner.get(name)
+        if now is not value and not _is_same(now, value):
+            return False
+    return True
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    return now is before or (isinstance(before, _SETTINGS) and type(now) is type(before) and now == before)
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -267,7 +308,7 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def sample_view(tensor: torch.Tensor) -> np.ndarray | None:
+def _sample_view(tensor: torch.Tensor) -> np.ndarray | None:
     """Return a view of a few words spread over the tensor's memory, or None where the CPU cannot see it."""
     if tensor.device.type != "cpu" or tensor.is_quantized or type(tensor.data) is not torch.Tensor:
         return None

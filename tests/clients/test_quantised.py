@@ -293,3 +293,19 @@ def test_found_again_in_a_new_process(lab: Lab, folder: Path) -> None:
     command = [sys.executable, "-c", code, str(folder), str(lab.folder / "store"), *kinds]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment_of_a_child())
     assert done.stdout.splitlines()[-2:] == [f"{text} {{'disk': {WHOLE}}}" for text in texts]
+
+
+@pytest.mark.model
+def test_smollm2_in_four_bits(lab: Lab, smollm2: Path) -> None:
+    # Large enough for what bitsandbytes rounds to bfloat16 to show in the trial.
+    model = four_bits(smollm2)
+    prompt = random_ids(2 * 64 + 9)
+    before = tokens(run(model, prompt))
+    cached = lab.wrap(model, block_size=64, deterministic=True)
+    assert cached.support is None
+    cold = run_full(cached, prompt)
+    assert tokens(cold) == before
+    lab.leave_only(cached, "disk")
+    assert_equal_bits(run_full(cached, prompt), cold)
+    assert cached.usage.cached_tokens_by_tier == {"disk": 2 * 64}
+    assert tokens(run(model, prompt)) == before
