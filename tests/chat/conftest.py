@@ -6,7 +6,11 @@ import asyncio
 import inspect
 
 import pytest
+from pytest_textual_snapshot import SVGImageExtension
 from textual.widgets import TextArea
+
+# Under the name that syrupy has it by now; without it pictures would be called .raw.
+SVGImageExtension.file_extension = "svg"
 
 
 @pytest.hookimpl(tryfirst=True)

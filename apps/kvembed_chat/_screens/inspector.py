@@ -88,6 +88,8 @@ class InspectorScreen(Screen[None]):
         super().__init__()
         self._source = source
         self._tree: PrefixTree | None = None
+        self._tiers: Sequence[TierStats] = ()
+        self._rates: Sequence[float] = ()
         self._shown: list[PrefixRow] = []
         self._sort = "tree"
         self._now = 0.0
@@ -149,10 +151,13 @@ class InspectorScreen(Screen[None]):
         def look() -> tuple[PrefixTree, Sequence[TierStats], list[float], float]:
             return source.tree(), source.tiers(), source.hit_rates(), source.now()
 
-        self._tree, tiers, rates, self._now = await in_thread(look)
+        self._tree, self._tiers, self._rates, self._now = await in_thread(look)
         self._words.clear()
-        self._show_gauges(tiers)
-        self._show_rates(rates)
+        self._draw()
+
+    def _draw(self) -> None:
+        self._show_gauges(self._tiers)
+        self._show_rates(self._rates)
         self._fill()
 
     def _fill(self) -> None:
@@ -272,10 +277,9 @@ class InspectorScreen(Screen[None]):
             self._go(self._read_words(), "words")
 
     def on_resize(self) -> None:
-        """Break the lines anew."""
+        """Divide the width anew."""
         if self._tree is not None:
-            self._show_details()
-            self.action_reload()
+            self._draw()
 
     # --- looking ---------------------------------------------------------------------------------------
 
