@@ -8,13 +8,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvembed._call import Watch
 from kvembed._errors import StoreClosedError
 from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     import threading
 
-    from kvembed._call import Watch
     from kvembed._keys import TokenIds
     from kvembed._live import LiveSequence
     from kvembed._matching import Match
@@ -53,7 +53,17 @@ class Request:
 
 @dataclass
 class Attempt:
-    """State of one attempt, filled as it goes; ``front`` leading tokens are computed while others are read."""
+    """State of one attempt, filled as it goes.
+
+    Args:
+        front: Leading tokens that are computed while others are read.
+        fed: Tokens that the cache holds after a call without a generation; None when it broke off half-way.
+        watch: Sees what is generated.
+        result: What ``generate()`` returned.
+        is_given_away: The cache will not be ours after the call, so it is captured before.
+        goes_on: Nor is anything to be done about it then: compiled code got a stock one, and an assistant's next
+            drafts go on with ours.
+    """
 
     ids: TokenIds
     match: Match
@@ -66,7 +76,11 @@ class Attempt:
     why: str | None = None
     stored: int = 0
     copies: int = 1
+    fed: int | None = None
+    watch: Watch = field(default_factory=Watch)
+    result: Any = None
     is_given_away: bool = False
+    goes_on: bool = False
 
 
 def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, deterministic: bool) -> Usage:

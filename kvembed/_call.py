@@ -28,12 +28,15 @@ class Watch(StoppingCriteria):
     Attributes:
         first_token_at: ``time.perf_counter()`` of the first token, or None.
         last: Ids after the latest token, ``[1, n]``.
+        in_model: The first step is being fed or computed: by the model and not by the caller's processors and criteria.
+            It stays so when the model fails.
     """
 
     def __init__(self, cancel: threading.Event | None = None) -> None:
         self._cancel = cancel
         self.first_token_at: float | None = None
         self.last: torch.Tensor | None = None
+        self.in_model = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Note the time and the ids; ask to stop only when cancelled."""
@@ -75,7 +78,9 @@ class PromptOnceStreamer(BaseStreamer):
 
 
 @contextmanager
-def first_step(model: Any, *, skip: int = 0, replace: Mapping[str, Any] | None = None) -> Iterator[None]:
+def first_step(
+    model: Any, *, skip: int = 0, replace: Mapping[str, Any] | None = None, watch: Watch | None = None
+) -> Iterator[None]:
     """Change what the first step of a generation is fed.
 
     Args:
@@ -86,33 +91,49 @@ def first_step(model: Any, *, skip: int = 0, replace: Mapping[str, Any] | None =
         replace: Arguments to put in the place of the caller's (None: to leave out): the pictures that are not in the
             cache yet. ``generate()`` itself has to see all of them, because positions after a picture depend on
             its size; but it must neither encode nor feed those that are kept.
+        watch: Told when the model is at work.
     """
     prepare_inputs = model.prepare_inputs_for_generation
     encode_media = getattr(model, _ENCODE_MEDIA, None)
-    wanted = replace or {}
+    wanted, watch = replace or {}, watch or Watch()
 
     def prepare_inputs_for_generation(
         input_ids: Any, next_sequence_length: Any = None, is_first_iteration: bool = False, **kwargs: Any
     ) -> Any:
         if is_first_iteration:
+            watch.in_model = True
             if skip and next_sequence_length is None and input_ids.shape[1] > skip:
                 next_sequence_length = input_ids.shape[1] - skip
             kwargs.update({name: value for name, value in wanted.items() if name in kwargs})
-        return prepare_inputs(
+        inputs = prepare_inputs(
             input_ids, next_sequence_length=next_sequence_length, is_first_iteration=is_first_iteration, **kwargs
         )
+        watch.in_model = False
+        return inputs
 
     def encode_wanted_media(model_kwargs: dict[str, Any]) -> Any:
         kept = {name: value for name, value in model_kwargs.items() if wanted.get(name, value) is not None}
         assert encode_media is not None
-        return encode_media({**kept, **{name: wanted[name] for name in kept if name in wanted}})
+        watch.in_model = True
+        encoded = encode_media({**kept, **{name: wanted[name] for name in kept if name in wanted}})
+        watch.in_model = False
+        return encoded
+
+    def enter(*_: Any) -> None:
+        watch.in_model = True
+
+    def leave(*_: Any) -> None:
+        watch.in_model = False
 
     # transformers looks at the signature to see which arguments a model knows.
     prepare_inputs_for_generation.__signature__ = inspect.signature(prepare_inputs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_bound(model, "prepare_inputs_for_generation", prepare_inputs_for_generation))
-        if wanted and encode_media is not None:
-            stack.enter_context(_bound(model, _ENCODE_MEDIA, encode_wanted_media))
+        if wanted:
+            stack.enter_context(model.register_forward_pre_hook(enter))
+            stack.enter_context(model.register_forward_hook(leave))
+            if encode_media is not None:
+                stack.enter_context(_bound(model, _ENCODE_MEDIA, encode_wanted_media))
         yield
 
 

@@ -193,10 +193,12 @@ def read_media(config: Any, ids: TokenIds, kwargs: Mapping[str, Any]) -> Media:
         kwargs: The arguments of ``generate()``.
 
     Raises:
-        MediaError: They cannot be found by their placeholders.
+        MediaError: They cannot be found by their placeholders, or cannot be compared.
     """
     arguments = {n: kwargs[n] for n in sorted(MEDIA_ARGUMENTS) if kwargs.get(n) is not None}
     types = {n: kwargs[n] for n in sorted(TYPE_ARGUMENTS) if kwargs.get(n) is not None}
+    for name, value in (*arguments.items(), *types.items()):
+        _check_readable(name, value)
     kinds = [kind for kind, names in _KINDS.items() if any(name in arguments for name in names)]
     at: dict[str, np.ndarray] = {}
     for kind in kinds:
@@ -224,6 +226,21 @@ def read_media(config: Any, ids: TokenIds, kwargs: Mapping[str, Any]) -> Media:
     units = _units(sorted(spans), is_media)
     own = _with_content_ids(ids, units, is_media, arguments, types, counts)
     return Media(own, units, arguments, counts, types)
+
+
+def _check_readable(name: str, value: Any) -> None:
+    """Refuse tensors without bytes to compare, and numbers that a trial of the model could tell nothing from."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            _check_readable(name, part)
+    if not isinstance(value, torch.Tensor):
+        return
+    if value.device.type == "meta":
+        raise MediaError(f"{name} is on the meta device and holds nothing")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_complex():
+        raise MediaError(f"{name} is not a plain tensor of numbers")
+    if value.is_floating_point() and not bool(value.float().isfinite().all()):
+        raise MediaError(f"{name} holds values that are not finite numbers")
 
 
 def _placeholders(config: Any, kind: str) -> list[int]:

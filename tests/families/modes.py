@@ -10,6 +10,7 @@ import textwrap
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,13 +25,17 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from kvembed import CachedModel, KVStore, hf
+from kvembed import hf
+from tests.model._lab import leave_only
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
-__all__ = ["KINDS", "MODES", "Mode", "Seen", "Setting", "check_mode", "generate", "leave_only"]
+    from kvembed import CachedModel
+
+__all__ = ["KINDS", "MODES", "Mode", "Seen", "Setting", "check_mode", "generate"]
 
 KINDS = {"full attention": "llama", "sliding window": "gemma3_text", "linear hybrid": "qwen3_next"}
 
@@ -64,12 +69,18 @@ class Setting:
         """Two rows of equal length."""
         return torch.cat([self.prompt, self.prompt.flip(1)])
 
-    def padded(self, where: str, n: int = 9) -> dict[str, Any]:
+    def padded(self, where: str, n: int = 14) -> dict[str, Any]:
         """Return ids and mask of two rows, of which the second is shorter by ``n``."""
         ids, mask = self.batch.clone(), torch.ones_like(self.batch)
         hidden = slice(0, n) if where == "left" else slice(-n, None)
         ids[1, hidden], mask[1, hidden] = self.pad, 0
         return {"inputs": ids, "attention_mask": mask}
+
+    @cached_property
+    def stop_string(self) -> str:
+        """What the model says as its fourth token, given the prompt."""
+        ids = generate(self.model, self, max_new_tokens=4)
+        return self.tokenizer.decode(ids[0, -1:])
 
     def with_holes(self) -> torch.Tensor:
         """Return a mask that hides the first tokens."""
@@ -129,11 +140,6 @@ def _recipe(s: Setting) -> str:
     (folder / "custom_generate" / "generate.py").write_text(_RECIPE, encoding="utf-8")
     (folder / "custom_generate" / "requirements.txt").write_text("", encoding="utf-8")
     return str(folder)
-
-
-def _stop_string(s: Setting) -> dict[str, Any]:
-    ids = s.model.generate(s.prompt, attention_mask=torch.ones_like(s.prompt), max_new_tokens=4, do_sample=False)
-    return {"stop_strings": [s.tokenizer.decode(ids[0, -1:])], "tokenizer": s.tokenizer}
 
 
 # ------------------------------------------------------------------------------------- models made ready
@@ -257,9 +263,11 @@ MODES: dict[str, Mode] = {
     "stopping_criteria": Mode(
         lambda s: {"stopping_criteria": StoppingCriteriaList([_StopAt(s.prompt.shape[1] + 6)])}  # pyright: ignore[reportArgumentType]
     ),
-    "stop_strings": Mode(_stop_string),
+    "stop_strings": Mode(lambda s: {"stop_strings": [s.stop_string], "tokenizer": s.tokenizer}),
     "streamer": Mode(lambda s: {"streamer": Seen()}),
-    "prefill_chunk_size": _fixed("" if hf.CHUNKS_RESUME else "prefill_chunk_size", prefill_chunk_size=16),
+    "prefill_chunk_size": Mode(
+        lambda s: {"prefill_chunk_size": s.prompt.shape[1] // 4}, "" if hf.CHUNKS_RESUME else "prefill_chunk_size"
+    ),
     "generation_config": Mode(lambda s: {"generation_config": GenerationConfig(max_new_tokens=7, do_sample=True)}),
     "return_dict with scores and logits": _fixed(return_dict_in_generate=True, output_scores=True, output_logits=True),
     "output_attentions": Mode(lambda s: dict(_ATTENTIONS), "output_attentions", _eager),
@@ -329,48 +337,86 @@ def _tokens_of(result: Any) -> torch.Tensor:
     return getattr(result, "sequences", result)
 
 
-def leave_only(cached: CachedModel, tier: str) -> None:
-    """Make ``tier`` the fastest one that holds anything."""
-    if tier in ("cold", "live"):
-        return
-    cached.drop_live()
-    if tier == "disk":
-        cached.store.flush()
-        assert cached.store._cpu is not None
-        cached.store._cpu.clear()
+def check_mode(
+    setting: Setting,
+    name: str,
+    kind: str,
+    opened: Callable[[Any], AbstractContextManager[CachedModel]],
+    tiers: Sequence[str],
+    around_plain: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> str:
+    """Compare a mode with plain transformers in every tier; return "reused" or why not.
 
-
-def check_mode(setting: Setting, name: str, kind: str, block_size: int, tiers: tuple[str, ...]) -> str:
-    """Compare a mode with plain transformers in every tier; return "reused" or why not."""
+    Args:
+        setting: What the call is made from.
+        name: One of `MODES`.
+        kind: One of `KINDS`.
+        opened: Wraps the model, once it is ready.
+        tiers: From where the calls are served, in this order; "cold" for nothing.
+        around_plain: Entered for the plain call.
+    """
     mode, reason = MODES[name], MODES[name].reason_for(kind)
-    with mode.around(setting.model) as model, KVStore(setting.folder / "store", max_cpu_bytes="512MiB") as store:
-        cached = CachedModel(model, store=store, block_size=block_size, progress=False)
+    with mode.around(setting.model) as model:
         refused, plain = None, None
         try:
-            plain = generate(model, setting, mode)
+            with around_plain():
+                plain = generate(model, setting, mode)
         except Exception as error:
             refused = error
-        if refused is not None:
-            # Through the cache it has to be refused as well, with the same words.
-            with pytest.raises(type(refused)) as found:
-                generate(cached, setting, mode)
-            assert str(found.value) == str(refused)
-            cached.close()
-            verb = "refused by" if isinstance(refused, ValueError | ImportError) else "fails in"
-            return textwrap.shorten(f"{verb} transformers: {refused}", 110, placeholder=" ...")
-        full_blocks = setting.prompt.shape[1] // block_size
-        for tier in tiers:
-            leave_only(cached, tier)
-            found = generate(cached, setting, mode)
-            assert type(found) is type(plain)
-            assert torch.equal(_tokens_of(found), _tokens_of(plain)), tier
-            usage = cached.usage
-            if reason:
-                assert reason in (usage.bypass_reason or ""), usage
-            else:
-                assert usage.bypass_reason is None
-                assert tier == "cold" or usage.cached_tokens >= mode.rows * full_blocks * block_size, usage
-        outcome = cached.usage.bypass_reason or "reused"
-        cached.close()
-    assert not {"prepare_inputs_for_generation", "generate"} & vars(setting.model).keys()
+        with opened(model) as cached:
+            if refused is not None:
+                # Through the cache it has to be refused as well, with the same words.
+                with pytest.raises(type(refused)) as caught:
+                    generate(cached, setting, mode)
+                assert str(caught.value) == str(refused)
+                verb = "refused by" if isinstance(refused, ValueError | ImportError) else "fails in"
+                return textwrap.shorten(f"{verb} transformers: {refused}", 110, placeholder=" ...")
+            for tier in tiers:
+                leave_only(cached, tier)
+                found = generate(cached, setting, mode)
+                assert type(found) is type(plain)
+                usage = cached.usage
+                if reason:
+                    assert reason in (usage.bypass_reason or ""), usage
+                    assert usage.cached_tokens == 0
+                else:
+                    assert usage.bypass_reason is None
+                    assert usage.cached_tokens == (0 if tier == "cold" else _all_but_last(setting, mode)), usage
+                _compare(found, plain, to_the_bit=bool(reason))
+            outcome = cached.usage.bypass_reason or "reused"
+    assert not {"prepare_inputs_for_generation", "generate", "forward"} & vars(setting.model).keys()
     return outcome
+
+
+def _all_but_last(setting: Setting, mode: Mode) -> int:
+    """Return the tokens of all prompts of a call, but for the last one of each, which is always computed."""
+    options = mode.options(setting) if mode.rows > 1 else {}
+    ids = options.get("inputs", setting.prompt)
+    return int(options.get("attention_mask", torch.ones_like(ids)).sum()) - len(ids)
+
+
+def _compare(found: Any, plain: Any, *, to_the_bit: bool) -> None:
+    """Fail unless two results have the same tokens, and whatever else they hold is the same (or equal to rounding)."""
+    if isinstance(plain, torch.Tensor):
+        assert torch.equal(found, plain)
+        return
+    assert found.keys() == plain.keys()
+    assert torch.equal(found.sequences, plain.sequences)
+    for name in plain.keys() - {"sequences", "past_key_values"}:
+        ours, theirs = list(_tensors(found[name])), list(_tensors(plain[name]))
+        assert len(theirs) > 0
+        for a, b in zip(ours, theirs, strict=True):
+            if to_the_bit:
+                assert torch.equal(a, b), name
+            else:
+                torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert found.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a part of a result: a tensor, or tuples of tuples of them."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    else:
+        for inner in part:
+            yield from _tensors(inner)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kvembed import CacheBypassWarning, CachedModel, KVStore, attach, attached, detach
+from tests.model._lab import leave_only
 
-from .modes import Setting, generate, leave_only
+from .modes import Setting, generate
 from .zoo import build
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import torch
 from kvembed import CacheBypassWarning, CachedModel, KVStore, hf
 from kvembed._keys import SNAPSHOT_IDS
 from kvembed.hf._compat import is_before
+from tests.model._lab import leave_only
 
 from .zoo import FAMILIES, build
 
@@ -61,14 +62,6 @@ def _generate(model: Any, ids: torch.Tensor, new: int = NEW) -> list[int]:
     return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)[0].tolist()
 
 
-def _leave_only(cached: CachedModel, tier: str) -> None:
-    cached.drop_live()
-    if tier == "disk":
-        cached.store.flush()
-        assert cached.store._cpu is not None
-        cached.store._cpu.clear()
-
-
 SERVED = [name for name in FAMILIES if name not in REFUSED and name not in INCONSISTENT]
 
 
@@ -88,18 +81,18 @@ def test_served(name: str, tmp_path: Path, record: Record) -> None:
             length = 2 + number if cached._engine.wrapped.stepwise else 9 + number
             turn = torch.cat([torch.tensor([expected]), _ids(length, 2 + number)], dim=1)
             if tier != "live":
-                _leave_only(cached, tier)
+                leave_only(cached, tier)
             assert _generate(cached, turn) == _generate(model, turn), tier
             usage = cached.usage
             assert set(usage.cached_tokens_by_tier) == {tier}, usage
             assert len(expected) - 1 <= usage.cached_tokens <= len(expected), usage
         # The same prompt again, and one that leaves the first in the middle of a block.
         for tier in ("cpu", "disk"):
-            _leave_only(cached, tier)
+            leave_only(cached, tier)
             assert _generate(cached, prompt) == expected
             assert cached.usage.cached_tokens >= 4 * BLOCK
             cut = torch.cat([prompt[:, : 2 * BLOCK + 7], _ids(20, 7)], dim=1)
-            _leave_only(cached, tier)
+            leave_only(cached, tier)
             assert _generate(cached, cut) == _generate(model, cut)
         store.flush()
         assert store.verify().problems == ()
@@ -143,7 +136,7 @@ def test_warm_has_the_bits_of_cold(name: str, tmp_path: Path, record: Record) ->
         cached = CachedModel(model, store=store, block_size=BLOCK, progress=False, deterministic=True)
         for tier in ("cold", "cpu", "disk"):
             if tier != "cold":
-                _leave_only(cached, tier)
+                leave_only(cached, tier)
             result = cached.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **options)
             if tier != "cold" and not cached._engine.wrapped.stepwise:
                 assert cached.usage.cached_tokens == 3 * BLOCK
@@ -194,7 +187,7 @@ def test_a_follow_up_on_a_long_chat_computes_only_the_new_turn(name: str, tmp_pa
         cached = CachedModel(model, store=store, progress=False)
         for turn, tier in enumerate(("cold", "live", "cpu", "disk")):
             if tier not in ("cold", "live"):
-                _leave_only(cached, tier)
+                leave_only(cached, tier)
             reply = _generate(cached, chat)
             assert reply == _generate(model, chat)
             if tier != "cold":

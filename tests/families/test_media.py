@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from kvembed._keys import as_token_ids, chain_keys
 from kvembed._media import MediaError, read_media
 from kvembed._media_trial import MediaVerdict
 from kvembed.hf._compat import is_before
+from tests.model._lab import leave_only
 
 from .media_zoo import AUDIO, IMAGE, MEDIA, VIDEO, arguments_of, prompt, seeing, with_ids
 from .zoo import build
@@ -88,15 +90,6 @@ def starts(inputs: Inputs, name: str, config: Any, pictures: int) -> list[int]:
 def full_blocks(reply: torch.Tensor) -> int:
     """Return how many tokens of a turn are in full blocks: a result with logits takes its live cache along."""
     return (reply.shape[1] - 1) // BLOCK * BLOCK
-
-
-def leave_only(cached: CachedModel, tier: str) -> None:
-    """Forget the faster tiers."""
-    cached.drop_live()
-    if tier == "disk":
-        cached.store.flush()
-        assert cached.store._cpu is not None
-        cached.store._cpu.clear()
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -564,3 +557,122 @@ def test_the_snippet_of_the_docs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert torch.equal(names["reply"], expected)
         names["cached"].close()
     assert "prompt" in capsys.readouterr().out
+
+
+class _Theirs(Exception):
+    """What the caller's own code raises."""
+
+
+class _Raising:
+    """A logits processor, a stopping criterion or a streamer of the caller's, that fails at its ``nth`` call."""
+
+    def __init__(self, nth: int) -> None:
+        self.nth, self.calls, self.error = nth, 0, _Theirs("of the caller's own")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.nth:
+            raise self.error
+        return args[1] if not kwargs and isinstance(args[1], torch.Tensor) else torch.zeros(1, dtype=torch.bool)
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls == self.nth:
+            raise self.error
+
+    def end(self) -> None:
+        pass
+
+
+WHERE = {
+    "processor, first token": ("logits_processor", 1),
+    "processor, second token": ("logits_processor", 2),
+    "prefix_allowed_tokens_fn": ("prefix_allowed_tokens_fn", 1),
+    "criterion, first token": ("stopping_criteria", 1),
+    "streamer, the prompt": ("streamer", 1),
+    "streamer, first token": ("streamer", 2),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+@pytest.mark.parametrize("where", WHERE)
+def test_what_the_callers_own_code_raises_is_theirs(name: str, where: str, tmp_path: Path) -> None:
+    """It comes out as it is, from one call; and nothing is concluded about the media that were reused."""
+    plain, model = Plain(name), seeing(name)
+    inputs = prompt(name, plain.config, [1, 2])
+    argument, nth = WHERE[where]
+    with KVStore(tmp_path / "store", max_cpu_bytes=64 << 20) as store:
+        cached = CachedModel(model, store=store, block_size=BLOCK, progress=False)
+        check(cached, plain, inputs)
+        for tier in ("live", "cpu", "disk"):
+            leave_only(cached, tier)
+            theirs = _Raising(nth)
+            value = [theirs] if argument in ("logits_processor", "stopping_criteria") else theirs
+            with pytest.raises(_Theirs) as caught:
+                run(cached, inputs, **{argument: value})
+            assert caught.value is theirs.error
+            assert caught.value.__cause__ is None
+            assert theirs.calls == nth  # once, and not again in a repeated call
+            assert check(cached, plain, inputs) > 2 * BLOCK
+        cached.close()
+
+
+def _sparse(value: torch.Tensor) -> torch.Tensor:
+    return value.to_sparse()
+
+
+def _on_meta(value: torch.Tensor) -> torch.Tensor:
+    return value.to("meta")
+
+
+def _with(number: float) -> Any:
+    def change(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        value.view(-1)[3] = number
+        return value
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "qwen2_audio"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_sparse, "not a plain tensor"),
+        (_on_meta, "meta device"),
+        (_with(float("nan")), "not finite"),
+        (_with(float("inf")), "not finite"),
+    ],
+)
+def test_tensors_that_cannot_be_compared_pass_through(name: str, change: Any, reason: str, tmp_path: Path) -> None:
+    """What becomes of them is up to transformers; and nothing is concluded about other media."""
+    plain, model = seeing(name), seeing(name)
+    right = prompt(name, plain.config, [1])
+    pixels = next(key for key in right if key in ("pixel_values", "input_features"))
+    wrong = {**right, pixels: change(right[pixels])}
+    with KVStore(tmp_path / "store", max_cpu_bytes=64 << 20) as store:
+        cached = CachedModel(model, store=store, block_size=BLOCK, progress=False)
+        outcomes: list[Any] = []
+        for who in (plain, cached):
+            with contextlib.nullcontext() if who is plain else _passing_through(reason):
+                try:
+                    outcomes.append(run(who, wrong).sequences.tolist())
+                except Exception as error:
+                    outcomes.append((type(error), str(error)))
+        assert outcomes[0] == outcomes[1]
+        if isinstance(outcomes[0], list):
+            assert reason in (cached.usage.bypass_reason or "")
+        with pytest.raises(PromptError, match=reason):
+            cached.lookup(wrong)
+        assert check(cached, plain, right) == 0
+        assert check(cached, plain, right) >= BLOCK
+        cached.close()
+
+
+@contextlib.contextmanager
+def _passing_through(reason: str) -> Any:
+    """The warning of a call that passes through, if it succeeds; what fails says so itself."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CacheBypassWarning)
+        yield
+    assert all(reason in str(warning.message) for warning in caught if warning.category is CacheBypassWarning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,21 +10,18 @@ import torch
 
 from kvembed import CachedModel, KVStore
 from kvembed._bypass import bypass_reason
+from tests.model._lab import leave_only, random_ids
 
-from .modes import KINDS, MODES, Seen, Setting, check_mode, generate, leave_only
+from .modes import KINDS, MODES, Seen, Setting, check_mode, generate
 from .zoo import build
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from ._record import Record
 
 BLOCK = 16
-
-
-def random_ids(n: int, seed: int = 0) -> torch.Tensor:
-    """Return ``[1, n]`` ids."""
-    return torch.randint(0, 250, (1, n), generator=torch.Generator().manual_seed(seed))
 
 
 PROMPT = random_ids(4 * BLOCK + 12, seed=3)
@@ -43,7 +41,15 @@ def with_model(setting: Setting, kind: str) -> Setting:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODES)
 def test_the_same_result_as_plain_transformers(kind: str, name: str, setting: Setting, record: Record) -> None:
-    outcome = check_mode(with_model(setting, kind), name, kind, BLOCK, ("cold", "live", "cpu", "disk"))
+    @contextmanager
+    def opened(model: Any) -> Iterator[CachedModel]:
+        with (
+            KVStore(setting.folder / "store", max_cpu_bytes="512MiB") as store,
+            CachedModel(model, store=store, block_size=BLOCK, progress=False) as cached,
+        ):
+            yield cached
+
+    outcome = check_mode(with_model(setting, kind), name, kind, opened, ("cold", "live", "cpu", "disk"))
     record.mode(name).outcomes[kind] = outcome
 
 

@@ -19,6 +19,8 @@ __all__ = [
     "assert_equal_bits",
     "bits",
     "environment_of_a_child",
+    "cut_texts",
+    "leave_only",
     "random_ids",
     "run",
     "run_full",
@@ -86,6 +88,35 @@ def assert_close(a: Any, b: Any, atol: float = 1e-4) -> None:
         assert error <= atol, f"part {i}: largest difference {error:.3g}"
 
 
+def leave_only(cached: CachedModel, tier: str) -> None:
+    """Make ``tier`` the fastest one that still holds anything; "cold" stands for a model that has seen nothing yet."""
+    if tier in ("cold", "live"):
+        return
+    cached.drop_live()
+    if tier == "disk":
+        cached.store.flush()
+        assert cached.store._cpu is not None
+        cached.store._cpu.clear()
+
+
+def reference_text() -> str:
+    """Return the Python reference, which every Python has: half a million letters of real text."""
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def cut_texts(tokenizer: Any, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """Return pieces of the Python reference, one after the other, as ``[1, n]`` ids."""
+    ids = tokenizer(reference_text()[: 12 * sum(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
+    pieces, at = [], 0
+    for length in lengths:
+        pieces.append(join(ids[at : at + length]))
+        assert pieces[-1].shape[1] == length
+        at += length
+    return pieces
+
+
 class Lab:
     """Makes stores and cached models below one folder; `finish` closes and checks all of them.
 
@@ -113,15 +144,7 @@ class Lab:
         self._models.append(cached)
         return cached
 
-    def leave_only(self, cached: CachedModel, tier: str) -> None:
-        """Make ``tier`` the fastest one that still holds anything."""
-        if tier == "live":
-            return
-        cached.drop_live()
-        if tier == "disk":
-            cached.store.flush()
-            assert cached.store._cpu is not None
-            cached.store._cpu.clear()
+    leave_only = staticmethod(leave_only)
 
     def finish(self) -> None:
         """Close everything; every store must be sound, and nothing may have gone wrong in the background."""

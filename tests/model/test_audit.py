@@ -56,7 +56,7 @@ def test_a_wrong_block_is_found_and_not_used(lab: Lab, model: Any, number: int) 
     key = falsify(cached, number)
     plain = run(model, PROMPT)
     # Which block is looked at is drawn: at the latest the one that is wrong, or one computed on top of it.
-    cached._runner._auditor._random.seed(1)
+    cached._runner._stages._auditor._random.seed(1)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for _ in range(40):
@@ -75,7 +75,7 @@ def test_a_call_that_finds_something_answers_from_what_is_right(lab: Lab, model:
     cached = in_memory(lab, model, audit=1.0)
     plain = tokens(run(model, PROMPT))
     falsify(cached, 2)
-    cached._runner._auditor._random = _Always()
+    cached._runner._stages._auditor._random = _Always()
     with pytest.warns(StoreWarning, match="differs from what the model computes"):
         assert tokens(run(cached, PROMPT)) == plain
     assert cached.usage.audited
@@ -115,7 +115,7 @@ def test_right_blocks_pass(lab: Lab, model: Any) -> None:
 
 def test_a_part_of_the_calls(lab: Lab, llama: Any) -> None:
     cached = in_memory(lab, llama, audit=0.3)
-    cached._runner._auditor._random.seed(0)
+    cached._runner._stages._auditor._random.seed(0)
     audited = 0
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -153,6 +153,7 @@ def test_the_comparison_sees_the_restored_kv(lab: Lab, model: Any, plain: Callab
     cached = lab.wrap(model)
     run(cached, PROMPT)
     cached.drop_live()
+    cached.store.flush()  # what is on disk stays sound
     assert cached.store._cpu is not None
     # The last whole block before the question, which no window leaves out.
     block = next(e.block for e in cached.store._cpu._entries.values() if e.block.info.start == 4 * BLOCK)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ._lab import Lab, assert_equal_bits, environment_of_a_child, join, random_ids, run, run_full, tokens
+from ._lab import Lab, assert_equal_bits, cut_texts, environment_of_a_child, random_ids, run, run_full, tokens
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 ALL_THREADS = True
@@ -33,23 +33,6 @@ QUESTIONS = [
     "Translate to French: the cache is warm.",
     "What is the capital of Italy, and what is it known for?",
 ]
-
-
-def reference_text() -> str:
-    from pydoc_data import topics
-
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-
-
-def cut_texts(tokenizer: Any, lengths: list[int]) -> list[torch.Tensor]:
-    """Return pieces of the Python reference, one after the other."""
-    ids = tokenizer(reference_text()[: 12 * sum(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
-    pieces, at = [], 0
-    for length in lengths:
-        pieces.append(join(ids[at : at + length]))
-        assert pieces[-1].shape[1] == length
-        at += length
-    return pieces
 
 
 @dataclass
