@@ -15,18 +15,24 @@ import pytest
 
 from kvembed import KVStore, StoreFormatError
 from kvembed._blockheader import FORMAT_VERSION
+from kvembed._encryption.sealed import SEALED_VERSION
 from kvembed._keys import as_token_ids, root_key
 from kvembed._schema import SCHEMA_VERSION
 from kvembed._testing import FINGERPRINT, block_path, keys_of, put_all, random_block, random_chain
 
-FIXTURES = sorted(path for path in (Path(__file__).parent / "fixtures").iterdir() if path.name.startswith("blocks"))
+FIXTURES = sorted(path for path in (Path(__file__).parent / "fixtures").iterdir() if "-catalog" in path.name)
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "file-format.md"
 
 
-def versions(fixture: Path) -> tuple[int, int]:
-    match = re.fullmatch(r"blocks(\d+)-catalog(\d+)", fixture.name)
+def versions(fixture: Path) -> tuple[str, int, int]:
+    match = re.fullmatch(r"(blocks|sealed)(\d+)-catalog(\d+)", fixture.name)
     assert match is not None
-    return int(match[1]), int(match[2])
+    return match[1], int(match[2]), int(match[3])
+
+
+def reopened(folder: Path, expected: dict[str, Any], **options: Any) -> KVStore:
+    key = expected.get("key")
+    return KVStore(folder, key=None if key is None else bytes.fromhex(key), **options)
 
 
 @pytest.fixture(params=FIXTURES, ids=lambda path: path.name)
@@ -71,17 +77,18 @@ def assert_holds(store: KVStore, expected: dict[str, Any]) -> None:
 
 def test_every_version_before_this_one_has_a_fixture() -> None:
     made = [versions(path) for path in FIXTURES]
-    assert {blocks for blocks, _ in made} >= set(range(1, FORMAT_VERSION))
-    assert {catalog for _, catalog in made} >= set(range(1, SCHEMA_VERSION))
+    assert {number for kind, number, _ in made if kind == "blocks"} >= set(range(1, FORMAT_VERSION))
+    assert {number for kind, number, _ in made if kind == "sealed"} >= set(range(1, SEALED_VERSION + 1))
+    assert {catalog for _, _, catalog in made} >= set(range(1, SCHEMA_VERSION))
 
 
 def test_a_store_of_another_version_opens_with_all_that_is_in_it(old: tuple[Path, dict[str, Any]]) -> None:
     folder, expected = old
     for _ in ("migrated", "migrated before"):
-        with KVStore(folder, max_cpu_bytes=None) as store:
+        with reopened(folder, expected, max_cpu_bytes=None) as store:
             assert_holds(store, expected)
             assert store.verify().problems == ()
-    with KVStore(folder) as store:
+    with reopened(folder, expected) as store:
         # And goes on being used: eviction, pins, new blocks.
         put_all(store, random_chain(2, seed=5))
         store.flush()
@@ -102,7 +109,7 @@ def test_a_store_of_another_version_is_read_without_changing_it(old: tuple[Path,
     before = {
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "kvembed.db-" not in path.name
     }
-    with KVStore(folder, read_only=True, max_cpu_bytes=None) as store:
+    with reopened(folder, expected, read_only=True, max_cpu_bytes=None) as store:
         assert_holds(store, expected)
     assert contents(folder) == before
 
@@ -123,7 +130,7 @@ def columns(path: Path) -> dict[str, set[tuple[Any, ...]]]:
 
 
 def test_migrated_tables_are_those_of_a_new_store(old: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    KVStore(old[0]).close()
+    reopened(*old).close()
     KVStore(tmp_path / "new").close()
     migrated, new = old[0] / "kvembed.db", tmp_path / "new" / "kvembed.db"
     assert {name for name, _ in tables(migrated)} == {name for name, _ in tables(new)}
@@ -147,8 +154,10 @@ def test_a_catalog_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def reader() -> dict[str, Any]:
-    """What the document's own example defines."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """What the document's own examples define."""
+    code = "".join(
+        re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    )
     assert "import kvembed" not in code
     assert "from kvembed" not in code
     names: dict[str, Any] = {}
@@ -184,6 +193,27 @@ def test_the_documents_example_notices_damage(reader: dict[str, Any], tmp_path: 
     path.write_bytes(raw)
     with pytest.raises((AssertionError, ValueError)):
         reader["read_block"](path)
+
+
+def test_the_documents_example_reads_an_encrypted_store(reader: dict[str, Any], tmp_path: Path) -> None:
+    chain, master = random_chain(2), bytes(range(7, 39))
+    with KVStore(tmp_path / "s", key=master) as store:
+        store.register_namespace(FINGERPRINT, {"name": "tiny"})
+        put_all(store, chain)
+        store.flush()
+        paths = {block: block_path(store, block) for block in chain}
+    (fields,) = (tmp_path / "s" / "namespaces").iterdir()
+    assert json.loads(reader["decrypt"](fields, master, b"namespace" + FINGERPRINT)) == {"name": "tiny"}
+    assert fields.stem == reader["name_of"](master, FINGERPRINT)
+    for block, path in paths.items():
+        assert path.stem == reader["name_of"](master, block.key)
+        plain = tmp_path / f"{block.key.hex()}.safetensors"
+        plain.write_bytes(reader["decrypt"](path, master))
+        _, ids, tensors = reader["read_block"](plain)
+        assert ids.tolist() == block.token_ids.tolist()
+        assert b"".join(tensor.tobytes() for tensor in tensors.values()) == block.data.tobytes()
+        with pytest.raises(Exception):
+            reader["decrypt"](path, master, b"manifest")
 
 
 def test_the_documents_names_are_those_of_the_code(tmp_path: Path) -> None:
