@@ -223,7 +223,9 @@ def budget_of(mode: str, share: float) -> tuple[int, int, int]:
 def run(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Start the processes, watch, and return what was seen."""
     working_set, budget, largest = budget_of(arguments.mode, arguments.share)
-    KVStore(root, max_disk_bytes=budget).close()
+    if arguments.encrypted:
+        os.environ["KVEMBED_KEY"] = os.urandom(32).hex()  # what all of them take for an encrypted store
+    KVStore(root, max_disk_bytes=budget, key="env" if arguments.encrypted else None).close()
     command = [sys.executable, __file__, "--mode", arguments.mode, "--child", str(root)]
     command += ["--minutes", str(arguments.minutes)]
     children = [
@@ -278,6 +280,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.1, help="budget as a part of the working set")
     parser.add_argument("--pause", type=float, default=0.002, help="seconds between looks at the folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--encrypted", action="store_true", help="encrypt the store")
     for name in ("child", "budget"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
