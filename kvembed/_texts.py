@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvembed._encryption.sources import Key
     from kvembed._keys import TokenIds
-    from kvembed._model import CachedModel
+    from kvembed._model_view import ModelView
     from kvembed._portable import ExportReport, ImportReport
     from kvembed._store import KVStore
 
@@ -30,7 +30,7 @@ _MERGES = 16
 """A text of so many tokens and more is also found where its last token was merged with what follows it."""
 
 
-def sequences_of(model: CachedModel, what: Any) -> list[TokenIds]:
+def sequences_of(model: ModelView, what: Any) -> list[TokenIds]:
     """Return the token ids with which sequences made from ``what`` begin: of a text, as a prompt and as a document.
 
     Raises:
@@ -49,7 +49,7 @@ def sequences_of(model: CachedModel, what: Any) -> list[TokenIds]:
     return [ids, tokenize(model.tokenizer, before, special=not has_special)]
 
 
-def forget(model: CachedModel, what: Any) -> ForgetReport:
+def forget(model: ModelView, what: Any) -> ForgetReport:
     """Erase a text of one model and salt; see `CachedModel.forget`."""
     if model.support is not None:
         raise ConfigError(f"nothing to forget: {model.support}")
@@ -70,7 +70,7 @@ def forget(model: CachedModel, what: Any) -> ForgetReport:
     return eraser.report()
 
 
-def export(model: CachedModel, path: str | os.PathLike[str], what: Any, plain: bool) -> ExportReport:
+def export(model: ModelView, path: str | os.PathLike[str], what: Any, plain: bool) -> ExportReport:
     """Write the blocks of a text to a file; see `CachedModel.export`."""
     if model.support is not None:
         raise ConfigError(f"nothing to export: {model.support}")
@@ -104,7 +104,7 @@ def _stored(store: KVStore, root: bytes, ids: TokenIds, size: int) -> Iterator[t
         yield tail[0].info.key, tail[1]
 
 
-def import_(model: CachedModel, path: str | os.PathLike[str], pin: str | None, key: Key | None) -> ImportReport:
+def import_(model: ModelView, path: str | os.PathLike[str], pin: str | None, key: Key | None) -> ImportReport:
     """Take the blocks of a file in; see `CachedModel.import_`."""
     if model.support is not None:
         raise ConfigError(f"nothing can be imported: {model.support}")
