@@ -12,7 +12,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "support-matrix.md"
 _HEAD = """# Support matrix
 
 Written by the tests (`pytest tests/families --support-matrix=write`); a test fails when it is out of date. All
-figures are of tiny random models in float32 on a CPU, transformers {transformers}.
+figures are of models in float32 on a CPU, transformers {transformers}. They are tiny and random but for the last table.
 
 **Text**: greedy tokens of cold, live, cpu and disk tier equal those of plain transformers, at turn ends and at cuts in
 the middle of a block. **Bits**: a warm call that reuses up to a block edge has the logits of a cold one, bit for bit.
@@ -157,7 +157,9 @@ def render(record: Record, transformers_version: str) -> str:
     if record.real_modes:
         lines += [
             "\n## Ways of generating, with real models\n",
-            "The same with real weights and real text, in float32: cold, from a live cache, and from disk.\n",
+            "The same with real weights, and prompts of 300 and 540 tokens of real text (Gemma's window is of 512): from a",
+            "live cache and from disk, each time all but the last token of each prompt, and from nothing where a mode",
+            "keeps the prompt in a way of its own. `model.compile()` is tried with the first six layers.\n",
             *_table(record.real_modes),
         ]
     return "\n".join(lines) + "\n"
