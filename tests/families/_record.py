@@ -157,9 +157,9 @@ def render(record: Record, transformers_version: str) -> str:
     if record.real_modes:
         lines += [
             "\n## Ways of generating, with real models\n",
-            "The same with real weights, and prompts of 300 and 540 tokens of real text (Gemma's window is of 512): from",
-            "a live cache and from disk, each time all but the last token of each prompt, and from nothing where a mode",
-            "keeps the prompt in a way of its own. `model.compile()` is tried with the first six layers.\n",
+            "The same with real weights, and prompts of 300 and 540 tokens of real text (Gemma's window is of 512):",
+            "from a live cache and from disk, each time all but the last token of each prompt, and from nothing where",
+            "a mode keeps the prompt in a way of its own. `model.compile()` is tried with the first six layers.\n",
             *_table(record.real_modes),
         ]
     return "\n".join(lines) + "\n"
