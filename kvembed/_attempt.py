@@ -39,6 +39,7 @@ class Request:
         deterministic: Reuse only what makes the call bit-identical to a cold one.
         progress: Who wants to see a long prefill.
         cancel: Set to stop after the current token.
+        state_at: Tokens of the prompt after which a recurrent state is kept too: the next prompt will share so many.
         began: ``time.perf_counter()`` when the call came in.
     """
 
@@ -48,6 +49,7 @@ class Request:
     deterministic: bool
     progress: Progress
     cancel: threading.Event | None = None
+    state_at: int | None = None
     began: float = field(default_factory=time.perf_counter)
 
 

@@ -95,6 +95,11 @@ class Engine:
         return self.wrapped.fingerprint
 
     @property
+    def has_state(self) -> bool:
+        """True for a model that is served and goes on only from where a state of it was kept."""
+        return self.refusal is None and self.spec.has_state
+
+    @property
     def spec(self) -> CacheSpec:
         """Shape of the cache of a model that is served."""
         assert self.wrapped.spec is not None

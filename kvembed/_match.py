@@ -13,7 +13,7 @@ from kvembed._units import format_count, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-__all__ = ["Explanation", "ExplanationKind", "PrefixMatch", "classify", "context"]
+__all__ = ["Explanation", "ExplanationKind", "PrefixMatch", "classify", "context", "DATE"]
 
 ExplanationKind: TypeAlias = Literal[
     "hit",
@@ -249,7 +249,7 @@ _WINDOW = 512
 """How many tokens past the difference the text is looked for."""
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|sept|oct|nov|dec)[a-z]*\.?"
-_DATE = re.compile(
+DATE = re.compile(
     r"\b\d{4}-\d{1,2}-\d{1,2}(?:[T ]\d{1,2}:\d{2}(?::\d{2})?(?:\.\d+)?Z?)?"
     r"|\b\d{1,2}[./]\d{1,2}[./]\d{2,4}\b"
     rf"|\b\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH},?\s+\d{{4}}\b"
@@ -258,6 +258,7 @@ _DATE = re.compile(
     r"|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day\b",
     re.IGNORECASE,
 )
+"""A date or a time, as people and chat templates write them."""
 
 
 def classify(
@@ -342,4 +343,4 @@ def _is_date(before: list[int], ids: list[int], changed: int, decode: Callable[[
     head, middle = (decode(before) if before else ""), decode(ids[:changed]) if changed else ""
     tail = decode(ids[changed : changed + _REALIGN_TOKENS])
     start, end = len(head), len(head) + len(middle)
-    return any(m.start() <= end and m.end() >= start for m in _DATE.finditer(head + middle + tail))
+    return any(m.start() <= end and m.end() >= start for m in DATE.finditer(head + middle + tail))

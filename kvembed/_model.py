@@ -172,19 +172,24 @@ class CachedModel(ModelView):
         return self._generate(inputs, generation_config, kwargs)
 
     def _generate(
-        self, inputs: Any, generation_config: Any, kwargs: dict[str, Any], cancel: threading.Event | None = None
+        self,
+        inputs: Any,
+        generation_config: Any,
+        kwargs: dict[str, Any],
+        cancel: threading.Event | None = None,
+        state_at: int | None = None,
     ) -> Any:
         if is_draft(generation_config) and kwargs.get("past_key_values") is not None:
             # As an assistant: the first drafts of this prompt went through the cache, and handed it out.
             return self._engine.model.generate(inputs, generation_config, **kwargs)
         assistant = kwargs.get("assistant_model")
+        shared = (self.deterministic, self.progress, cancel, state_at)
         if assistant is None:
-            return self._run(Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel))
+            return self._run(Request(inputs, generation_config, kwargs, *shared))
         from kvembed._attach import real_assistant
 
         with real_assistant(self._engine.model, assistant) as model:
-            kwargs = {**kwargs, "assistant_model": model}
-            return self._run(Request(inputs, generation_config, kwargs, self.deterministic, self.progress, cancel))
+            return self._run(Request(inputs, generation_config, {**kwargs, "assistant_model": model}, *shared))
 
     def _run(self, request: Request) -> Any:
         with self._lock:

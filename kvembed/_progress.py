@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
-__all__ = ["Progress", "prefill_progress"]
+__all__ = ["prefill_progress", "Progress", "StoppedEarly"]
 
 Progress: TypeAlias = "bool | Literal['auto'] | Callable[[int, int], object]"
 """True or False for a bar, ``"auto"`` for one where someone looks, or ``callable(done_tokens, all_tokens)``."""
@@ -23,15 +24,38 @@ def _someone_looks() -> bool:
     return bool(getattr(sys.stderr, "isatty", lambda: False)())
 
 
+class StoppedEarly(Exception):
+    """A call was stopped in its prefill: there is no token, and what was computed is kept."""
+
+
 @contextmanager
-def prefill_progress(progress: Any, done: int, total: int) -> Iterator[Callable[[int, int], object] | None]:
+def prefill_progress(
+    progress: Any, done: int, total: int, cancel: threading.Event | None = None
+) -> Iterator[Callable[[int, int], object] | None]:
     """Yield the function to call after each step, or None when nobody wants to know.
 
     Args:
         progress: What the caller asked for.
         done: Tokens that need not be computed.
         total: Tokens of the prompt.
+        cancel: Once this is set, the function raises `StoppedEarly`.
     """
+    with _shown(progress, done, total) as on_progress:
+        if cancel is None:
+            yield on_progress
+            return
+
+        def step(at: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(at, total)
+            if cancel.is_set():
+                raise StoppedEarly
+
+        yield step
+
+
+@contextmanager
+def _shown(progress: Any, done: int, total: int) -> Iterator[Callable[[int, int], object] | None]:
     if callable(progress):
         callback: Callable[[int, int], object] = progress
         yield callback

@@ -182,7 +182,10 @@ class Runner:
         if media is not None:
             # transformers computes the media themselves, and what comes after them, in one forward.
             upto = media.start // self.engine.block_size * self.engine.block_size if media.resumes else 0
-        self._stages.prefill(attempt, request.progress, upto=upto)
+        elif request.state_at is not None and attempt.sequence.has_state and not request.deterministic:
+            # Ends with the state there being kept.
+            self._stages.prefill(attempt, request.progress, upto=request.state_at, cancel=request.cancel)
+        self._stages.prefill(attempt, request.progress, upto=upto, cancel=request.cancel)
         cache = attempt.sequence.cache
         if compiled:
             hf.export_cache(cache)

@@ -17,6 +17,7 @@ from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
     from kvembed._engine import Engine
@@ -126,15 +127,21 @@ class Stages:
                 restore.cancel()
         raise AssertionError("nothing restored ends nowhere")  # pragma: no cover
 
-    def prefill(self, attempt: Attempt, progress: Progress, *, upto: int | None) -> None:
-        """Compute a prompt up to a position, or all but what is left to transformers; store what is finished."""
+    def prefill(
+        self, attempt: Attempt, progress: Progress, *, upto: int | None, cancel: threading.Event | None = None
+    ) -> None:
+        """Compute a prompt up to a position, or all but what is left to transformers; store what is finished.
+
+        Raises:
+            StoppedEarly: ``cancel`` was set.
+        """
 
         def put(sequence: LiveSequence) -> None:
             with contextlib.suppress(StoreClosedError):
                 attempt.stored += self._engine.capture(sequence, tail=False)
 
         engine = self._engine
-        with prefill_progress(progress, len(attempt.sequence.ids), len(attempt.ids)) as on_progress:
+        with prefill_progress(progress, len(attempt.sequence.ids), len(attempt.ids), cancel) as on_progress:
             if attempt.front and attempt.restore is not None:
                 engine.prefill(attempt.sequence, attempt.ids, upto=attempt.front, on_progress=on_progress, put=put)
                 engine.join(attempt.match, attempt.ids, attempt.sequence, attempt.restore)

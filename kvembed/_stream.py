@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvembed._progress import StoppedEarly
 from kvembed._prompt import as_prompt
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def stream_text(
     max_new_tokens: int,
     kwargs: dict[str, Any],
     keep: Callable[[Any, Usage], object] | None = None,
+    state_at: int | None = None,
+    cancel: threading.Event | None = None,
 ) -> Iterator[str]:
     """Yield pieces of the reply; an error of the generation is raised here, after the pieces before it.
 
@@ -35,11 +38,13 @@ def stream_text(
         max_new_tokens: Most tokens to generate.
         kwargs: Further arguments of ``generate()``.
         keep: Called with what ``generate()`` returned and its cost, also when it was stopped, before the last piece.
+        state_at: See `kvembed._attempt.Request`.
+        cancel: Set, in any thread, to stop after the current token, or step of the prefill; then nothing is kept.
     """
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cancel = threading.Event()
+    cancel = threading.Event() if cancel is None else cancel
     failure: list[BaseException] = []
     prompt = as_prompt(model.hf_model, ids)
 
@@ -47,10 +52,12 @@ def stream_text(
         try:
             arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": max_new_tokens, **kwargs}
             with model._lock:
-                result = model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel)
+                result = model._generate(prompt, None, {**arguments, "streamer": streamer}, cancel, state_at)
                 usage = model.usage
             if keep is not None:
                 keep(result, usage)
+        except StoppedEarly:
+            pass
         except BaseException as error:
             failure.append(error)
         finally:

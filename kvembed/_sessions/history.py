@@ -5,7 +5,9 @@ reply tokenises differently from how it was generated, templates trim it, or str
 the prompt it answered (text and ids) and its own ids are remembered. Of all these *anchors* the longest that the
 template still renders the same is taken over as ids, and only the text after it is tokenised.
 
-A reply counts as unchanged also where the template only trims white space around it: its ids are what the model wrote.
+A reply counts as unchanged also where the template only changes white space around it: its ids are what the model
+wrote. Where a template renders no anchor again as it did (what it puts before a reply may be another thing in a prompt
+than in the history), the longest common part is cut at the last special token in it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._sessions.messages import Message
 
-__all__ = ["History", "Prompt", "messages_of"]
+__all__ = ["common_text", "History", "messages_of", "Prompt"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ class History:
         return self._stream
 
     @property
+    def said(self) -> str:
+        """What was computed last, as text with special tokens: a prompt, and the reply to it."""
+        reply = self._anchors[-1].reply if self._anchors else as_token_ids([])
+        return self._text + (self._tokenizer.decode(reply.tolist(), skip_special_tokens=False) if len(reply) else "")
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokenizer's special tokens."""
         return self._marks.special_ids
@@ -100,12 +108,13 @@ class History:
         """Return the ids of a rendered conversation, with as many known ones as its text still allows."""
         best_end, best_ids = 0, as_token_ids([])
         for anchor in self._anchors:
-            if not text.startswith(anchor.text):
-                continue
-            end, ids = len(anchor.text), anchor.ids
-            spliced = self._spliced(text[end:], anchor)
-            if spliced is not None:
-                end, ids = end + spliced[0], as_token_ids(np.concatenate([ids, spliced[1]]))
+            if text.startswith(anchor.text):
+                end, ids = len(anchor.text), anchor.ids
+                spliced = self._spliced(text[end:], anchor)
+                if spliced is not None:
+                    end, ids = end + spliced[0], as_token_ids(np.concatenate([ids, spliced[1]]))
+            else:
+                end, ids = self._marks.cut(anchor.text, anchor.ids, common_text(anchor.text, text))
             if end >= best_end:
                 best_end, best_ids = end, ids
         rest = self._tokens_from(text, best_end)
@@ -115,12 +124,18 @@ class History:
         """Return how much of ``rest`` an anchor's reply stands for, and its ids; None where it was rewritten."""
         if not len(anchor.reply):
             return None
-        for content in (anchor.content, anchor.content.rstrip(), anchor.content.strip()):
-            if content and rest.startswith(content):
-                break
+        content, blank = anchor.content.strip(), len(rest) - len(rest.lstrip())
+        if not content:
+            return None
+        if rest.startswith(anchor.content):
+            end = len(anchor.content)
+        elif rest.startswith(anchor.content.rstrip()):
+            end = len(anchor.content.rstrip())
+        elif rest.startswith(content, blank):
+            end = blank + len(content)
         else:
             return None
-        ids, end = anchor.reply, len(content)
+        ids = anchor.reply
         closing = len(ids)
         while closing and int(ids[closing - 1]) in self._marks.special_ids:
             closing -= 1
@@ -155,7 +170,7 @@ class History:
             reply: Its ids.
         """
         stream = as_token_ids(np.concatenate([prompt.ids, reply]))
-        text_kept = _common_text(self._text, prompt.text)
+        text_kept = common_text(self._text, prompt.text)
         ids_kept = common_prefix(self._stream, stream)
         return replace(
             message,
@@ -167,7 +182,8 @@ class History:
         )
 
 
-def _common_text(a: str, b: str) -> int:
+def common_text(a: str, b: str) -> int:
+    """Return how many leading characters two texts share."""
     if b.startswith(a):
         return len(a)
     low, high = 0, min(len(a), len(b))

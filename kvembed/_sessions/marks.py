@@ -5,7 +5,12 @@ Tokenizers first cut a text at its special tokens, and then tokenise each piece 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from kvembed._keys import TokenIds
 
 __all__ = ["Marks"]
 
@@ -43,3 +48,22 @@ class Marks:
         window = text[max(0, end - _WINDOW) : end]
         found = max((window.rfind(mark) for mark in self._ids), default=-1)
         return end - len(window) + found if found >= 0 else 0
+
+    def cut(self, text: str, ids: TokenIds, end: int) -> tuple[int, TokenIds]:
+        """Cut a text and its ids right after the last mark that ends before a character.
+
+        Returns:
+            Characters and ids that are left; nothing where no mark is nearby.
+        """
+        start = max(0, end - _WINDOW)
+        window = text[start:end]
+        ends = [(window.rfind(mark) + len(mark), mark) for mark in self._ids if mark in window]
+        after, mark = max(ends, default=(0, ""))
+        if not mark:
+            return 0, ids[:0]
+        # Counted from the end: a reply further up may have special tokens that its text does not show.
+        places = np.flatnonzero(ids == self._ids[mark])
+        behind = text.count(mark, start + after)
+        if behind >= len(places):
+            return 0, ids[:0]
+        return start + after, ids[: int(places[len(places) - 1 - behind]) + 1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import PromptError
 from kvembed._keys import common_prefix
 from kvembed._prompt import MARK, context_length, split_at_mark
+from kvembed._sessions import clock
+from kvembed._sessions.clock import at_fixed_time
 from kvembed._sessions.history import History, Prompt, messages_of
 from kvembed._sessions.marks import Marks
 from kvembed._sessions.messages import Message
@@ -18,15 +19,10 @@ if TYPE_CHECKING:
 
     from kvembed._sessions.messages import SessionInfo
 
-__all__ = ["Beginning", "now", "Prepared", "Renderer"]
+__all__ = ["Beginning", "dropped_of", "Prepared", "Renderer"]
 
 _ROOM = 4
 """When turns are dropped, one part in so many of the context is left free, so that the next turns need not drop."""
-
-
-def now() -> str:
-    """Return the local time to the second, as sessions keep it."""
-    return datetime.now().isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Beginning:
     @classmethod
     def of(cls, info: SessionInfo) -> Beginning:
         """Return that of a session; one without a message begins now."""
-        return cls(info.system, info.template, info.date or now())
+        return cls(info.system, info.template, info.date or clock.now())
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,11 @@ class Prepared:
     history: History
     prompt: Prompt
     dropped: int
+
+
+def dropped_of(branch: Sequence[Message]) -> int:
+    """Return how many of the oldest turns were left out of the last prompt."""
+    return next((m.meta.get("dropped_turns", 0) for m in reversed(branch) if m.role == "assistant"), 0)
 
 
 class Renderer:
@@ -95,12 +96,14 @@ class Renderer:
     ) -> str:
         """Return a branch as its chat template has it."""
         # A template that asks for the date is told the session's: another one would change all tokens after it.
-        clock = datetime.fromisoformat(beginning.date)
+        template, time = at_fixed_time(self._tokenizer.get_chat_template(), beginning.date)
         return self._tokenizer.apply_chat_template(
             messages_of(branch, beginning.system, skip_turns=skip_turns),
             tokenize=False,
             add_generation_prompt=to_answer,
-            **{"strftime_now": clock.strftime, **beginning.template},
+            chat_template=template,
+            **time,
+            **beginning.template,
         )
 
     def before_words(self, branch: Sequence[Message], beginning: Beginning, *, skip_turns: int = 0) -> str:
@@ -128,7 +131,7 @@ class Renderer:
         """
         history = self.history(branch)
         limit = context_length(self._model)
-        before = next((m.meta.get("dropped_turns", 0) for m in reversed(branch) if m.role == "assistant"), 0)
+        before = dropped_of(branch)
         turns = sum(message.role == "user" for message in branch)
         room = 0
         for dropped in range(min(before, turns - 1), turns):
@@ -143,6 +146,13 @@ class Renderer:
             if not may_drop:
                 raise PromptError(self._too_long(branch, beginning, max_new_tokens, limit, len(prompt.ids)))
         raise AssertionError("a branch that is answered has a turn")  # pragma: no cover
+
+    def surviving(self, prepared: Prepared) -> int:
+        """Return how many tokens of a prompt the next one will begin with, whatever is replied and said then."""
+        branch, beginning, dropped = prepared.branch, prepared.beginning, prepared.dropped
+        said = [Message(0, None, role, MARK) for role in ("assistant", "user")]
+        text = self.render([*branch, *said], beginning, skip_turns=dropped)
+        return common_prefix(prepared.prompt.ids, prepared.history.prompt(text).ids)
 
     def _too_long(
         self, branch: list[Message], beginning: Beginning, max_new_tokens: int, limit: int, tokens: int

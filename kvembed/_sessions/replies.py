@@ -29,6 +29,7 @@ class Reply:
         token_ids: Ids of the reply, int32.
         finished: False when it was stopped, or ran to the most tokens allowed.
         dropped_turns: Oldest turns that were left out of the prompt because the context is full.
+        loss: Why the prompt did not go on from all that was computed before, in words; None when it did.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Reply:
     token_ids: TokenIds
     finished: bool
     dropped_turns: int = 0
+    loss: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -57,7 +59,7 @@ class Turn:
     Args:
         user: What the user said.
         reply: What the model said; None when it was stopped before its first token.
-        meta: What is kept of the reply's cost: the fields of `Usage`.
+        meta: What is kept of the reply's cost: the fields of `Usage`, and `Reply`'s ``finished`` and ``loss``.
     """
 
     user: str

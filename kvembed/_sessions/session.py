@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,12 @@ import torch
 from kvembed._document import digits_of, keys_of, read_document
 from kvembed._errors import PromptError
 from kvembed._keys import as_token_ids
+from kvembed._progress import StoppedEarly
 from kvembed._prompt import as_prompt, context_length
+from kvembed._sessions import clock
+from kvembed._sessions.losses import loss_of
 from kvembed._sessions.messages import Message, message_now
-from kvembed._sessions.rendering import Beginning, Prepared, now
+from kvembed._sessions.rendering import Beginning, Prepared, dropped_of
 from kvembed._sessions.replies import Reply
 from kvembed._sessions.view import SessionView
 from kvembed._stream import stream_text
@@ -70,7 +74,7 @@ class Session(SessionView):
     def stream(self, text: str, *, max_new_tokens: int | None = None, **kwargs: Any) -> Iterator[str]:
         """Say something and yield the answer piece by piece; ``last`` is the whole reply then.
 
-        Closing the iterator stops the model after the current token; what it has said is kept, and so is its KV.
+        Closing the iterator stops the model after the current token, as `stop` does from another thread.
         Arguments and errors as for `send`.
         """
         return self._stream(self._said(text), max_new_tokens, kwargs)
@@ -123,9 +127,15 @@ class Session(SessionView):
             options = self._options(max_new_tokens, kwargs)
             prepared = self._prepare(branch, options["max_new_tokens"])
             ids = as_prompt(self._model.hf_model, prepared.prompt.ids)
-            with self._model._lock:
-                result = self._model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-                usage = self._model.usage
+            options["attention_mask"] = torch.ones_like(ids)
+            cancel = self._cancel = threading.Event()
+            try:
+                with self._model._lock:
+                    result = self._model._generate(ids, None, options, cancel, self._surviving(prepared))
+                    usage = self._model.usage
+            except StoppedEarly:
+                tokens = prepared.prompt.ids
+                return Reply("", Usage(prompt_tokens=len(tokens)), tokens, as_token_ids([]), False, prepared.dropped)
             return self._keep(prepared, result, usage)
 
     def _stream(self, branch: list[Message], max_new_tokens: int | None, kwargs: dict[str, Any]) -> Iterator[str]:
@@ -136,7 +146,28 @@ class Session(SessionView):
         def keep(result: Any, usage: Usage) -> None:
             self._keep(prepared, result, usage)
 
-        return stream_text(self._model, prepared.prompt.ids, new, options, keep)
+        cancel, state_at = threading.Event(), self._surviving(prepared)
+
+        def pieces() -> Iterator[str]:
+            self._cancel = cancel
+            yield from stream_text(self._model, prepared.prompt.ids, new, options, keep, state_at, cancel)
+
+        return pieces()
+
+    def stop(self) -> None:
+        """Stop the reply that is under way, from any thread.
+
+        The model stops after the current token, and what it has said is kept, with its KV. While it still reads the
+        prompt it stops at the next step: then no turn is added, `send` returns a reply without tokens, `stream` ends,
+        and what was read need not be read again. Does nothing when no reply is under way.
+        """
+        self._cancel.set()
+
+    def _surviving(self, prepared: Prepared) -> int | None:
+        """Return where the next turn will need a recurrent state, if the end of this prompt will not do."""
+        if not self._model._engine.has_state:
+            return None
+        return self._renderer.surviving(prepared)
 
     def _options(self, max_new_tokens: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         found = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, **self.settings, **kwargs}
@@ -151,6 +182,9 @@ class Session(SessionView):
         meta = {**usage.to_dict(), "finished": finished}
         if prepared.dropped:
             meta["dropped_turns"] = prepared.dropped
+        loss = loss_of(prepared)
+        if loss is not None:
+            meta["loss"] = str(loss)
         reply = prepared.history.remember(Message(0, None, "assistant", text, meta, time.time()), prompt, ids)
         known = [message for message in prepared.branch if message.id]
         parent = known[-1].id if known else None
@@ -158,7 +192,7 @@ class Session(SessionView):
         with self._lock:
             self._db.add(self.name, [*new, reply] if len(ids) else new, parent, prepared.beginning.date)
             self._load()
-            self.last = Reply(text, usage, prompt.ids, ids, finished, prepared.dropped)
+            self.last = Reply(text, usage, prompt.ids, ids, finished, prepared.dropped, meta.get("loss"))
             return self.last
 
     # --- changing --------------------------------------------------------------------------------------
@@ -212,6 +246,30 @@ class Session(SessionView):
                 self._db.add(self.name, [remembered], parent, beginning.date)
                 self._load()
         return usage
+
+    def prepare(self, *, progress: Any = None) -> Usage:
+        """Compute what the next turn will begin with now, so that it pays for the new words only.
+
+        It pays where the chat template shows earlier replies otherwise than they were generated, as those do that
+        remove thinking: the next prompt then goes on from before the last reply. Elsewhere nothing is left to compute.
+        Call it while nobody waits; what it cost is not part of any reply's cost.
+
+        Args:
+            progress: See `CachedModel`.
+
+        Returns:
+            What computing it cost.
+        """
+        with self._talking:
+            with self._lock:
+                self._load()
+                history, beginning = self._renderer.history(self._branch), Beginning.of(self._info)
+                prompt = history.prompt(
+                    self._renderer.before_words(self._branch, beginning, skip_turns=dropped_of(self._branch))
+                )
+            if self._model.support is not None or not len(prompt.ids):
+                return Usage(prompt_tokens=len(prompt.ids), bypass_reason=self._model.support)
+            return self._model.prefill(prompt.ids, progress=progress)
 
     def delete(self, turn: int) -> None:
         """Leave a turn out of the conversation; what comes after it is computed anew. `undo` brings it back."""
@@ -295,7 +353,7 @@ class Session(SessionView):
         """
         with self._lock:
             self._load()
-            self._db.set_beginning(self.name, system=self.system, date=now())
+            self._db.set_beginning(self.name, system=self.system, date=clock.now())
         return self.preview("")
 
     def forget(self) -> ForgetReport:

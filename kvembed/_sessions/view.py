@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from kvembed._errors import ConfigError
 from kvembed._sessions.db import SessionDB
+from kvembed._sessions.losses import explained, loss_of
 from kvembed._sessions.messages import Message, message_now
 from kvembed._sessions.rendering import Beginning, Prepared, Renderer
 from kvembed._sessions.replies import Reply, Turn, exported, turns_of
@@ -44,6 +45,7 @@ class SessionView:
         self._owns_db = db is None
         self._lock = threading.RLock()  # short: of what is below
         self._talking = threading.RLock()  # as long as a reply: one after another
+        self._cancel = threading.Event()  # of the reply that is under way
         self.when_full = when_full
         self._renderer = Renderer(model.tokenizer, model.hf_model)
         self._info: SessionInfo = self._db.open(name, system, settings, template_kwargs)
@@ -145,8 +147,12 @@ class SessionView:
             self._model._lock.release()
 
     def explain(self, text: str) -> Explanation:
-        """Say why no more would be reused if this were sent; see `CachedModel.explain`."""
-        return self._model.explain(self.prompt_ids(text))
+        """Say why no more would be reused if this were sent, and what of the conversation changed if something did.
+
+        See `CachedModel.explain`; here the hint names what the chat template did to earlier turns.
+        """
+        prepared = self._prepare(self._with(text, None), 0)
+        return explained(self._model.explain(prepared.prompt.ids), loss_of(prepared))
 
     def export(self, kind: str = "md") -> str:
         """Return the current branch as text.
