@@ -16,7 +16,9 @@ import torch
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    _Modules = Sequence[tuple[str, torch.nn.Module]]
 
 __all__ = ["WeightsWatch", "weights_checksum"]
 
@@ -28,8 +30,6 @@ _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 _SETTINGS = (bool, int, float, str, torch.dtype, torch.Size, enum.Enum)
 _OF_ONE_FORWARD = ("idx", "is_training")
 """Where bitsandbytes notes something of the last input, beside its weights."""
-
-_Modules = list[tuple[str, torch.nn.Module]]
 
 
 def _tensors(modules: _Modules) -> Iterator[tuple[str, torch.Tensor]]:

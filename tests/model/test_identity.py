@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from kvembed._weights import WeightsWatch, weights_checksum
+
 from ._lab import BLOCK, Lab, assert_close, random_ids, run, run_full, tokens
 
 if TYPE_CHECKING:
@@ -157,3 +159,67 @@ def test_hooks_serve_no_other_model(lab: Lab, makers: dict[str, Callable[..., An
         assert cached.usage.cached_tokens == 0
         assert results[-1] == tokens(run(model, PROMPT))
     assert results[0] != results[1]
+
+
+class _SavingChangesIt(torch.nn.Linear):
+    """As 4-bit layers of bitsandbytes on some processors."""
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.weight.data *= 2
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+def test_wrapping_and_calling_save_nothing(lab: Lab, makers: dict[str, Callable[..., Any]]) -> None:
+    model = makers["llama"]()
+    layer = model.model.layers[1].mlp.down_proj
+    layer.__class__ = _SavingChangesIt
+    before = layer.weight.clone()
+    cached = lab.wrap(model)
+    digest = cached.fingerprint
+    for _ in range(2):
+        run(cached, PROMPT)
+    cached.refresh()
+    assert torch.equal(layer.weight, before)
+    assert cached.fingerprint == digest
+    assert cached.usage.cached_tokens == WHOLE
+
+
+def test_what_cannot_be_looked_into_serves_this_process_only() -> None:
+    plain, closed = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    closed.register_buffer("mask", torch.eye(3).to_sparse())
+    for module, same in ((plain, True), (closed, False)):
+        assert weights_checksum([("", module)], "a") == weights_checksum([("", module)], "a")
+        assert (weights_checksum([("", module)], "a") == weights_checksum([("", module)], "b")) is same
+
+
+class _Keeps(torch.nn.Linear):
+    """Keeps scales where only it knows, and says so by how it is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.meta = {"scale": torch.ones(3), "axis": 1, "zeros": [torch.zeros(3)]}
+
+    def get_extra_state(self) -> Any:
+        raise AssertionError("nothing is saved here")
+
+
+@pytest.mark.parametrize("kind", ["in place", "replaced", "setting", "more", "less", "in a list"])
+def test_what_a_layer_keeps_beside_its_weights(kind: str) -> None:
+    module = _Keeps()
+    modules = [("", module)]
+    watch, before = WeightsWatch(modules), weights_checksum(modules, "")
+    assert not watch.changed()
+    if kind == "in place":
+        module.meta["scale"].mul_(2)
+    elif kind == "replaced":
+        module.meta["scale"] = torch.full((3,), 2.0)
+    elif kind == "setting":
+        module.meta["axis"] = 0
+    elif kind == "more":
+        module.meta["shift"] = torch.ones(3)
+    elif kind == "less":
+        del module.meta["zeros"]
+    else:
+        module.meta["zeros"].append(torch.zeros(3))
+    assert watch.changed()
+    assert weights_checksum(modules, "") != before
