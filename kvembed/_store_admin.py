@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._eviction import choose
-from kvembed._forget import Eraser
+from kvembed._forget import Eraser, ForgetReport
 from kvembed._store_types import EvictReport, PruneReport, VerifyReport
 from kvembed._store_view import StoreView, explicit
 from kvembed._units import parse_bytes
@@ -203,6 +203,10 @@ class StoreAdmin(StoreView):
         Raises:
             ConfigError: Nothing is pinned under this name.
         """
+        return self._forget(what).blocks
+
+    def _forget(self, what: str | Iterable[bytes] | Named) -> ForgetReport:
+        """Erase as `forget` does, and say what a scan of the folder found afterwards."""
         self._begin_change()
         keys: list[bytes]
         if isinstance(what, str) or isinstance(getattr(what, "name", None), str):
@@ -214,10 +218,10 @@ class StoreAdmin(StoreView):
         else:
             keys = list(cast("Iterable[bytes]", what))
         if not keys:
-            return 0
+            return ForgetReport()
         eraser = Eraser(self)
         eraser.sequence(keys)
-        return eraser.report().blocks
+        return eraser.report()
 
     def _erase(self, keys: list[bytes], *, traces: bool = True) -> int:
         """Delete blocks in every tier, and with ``traces`` what the log of calls says of them."""

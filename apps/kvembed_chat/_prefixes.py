@@ -167,7 +167,7 @@ class StorePrefixes:
         keys = tree.chain(row)
         if row.names:
             self.unpin(row)
-        return f"erased {_blocks(store.forget(keys))}"
+        return str(store._forget(keys))
 
 
 def _blocks(n: int) -> str:

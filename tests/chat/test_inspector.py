@@ -14,7 +14,7 @@ from kvembed_chat._scripted import ScriptedEngine
 from kvembed_chat._scripted_prefixes import ScriptedPrefixes
 from textual.widgets import Button, Input, Static
 
-from kvembed import KVStore, SessionDB
+from kvembed import CachedModel, KVStore, SessionDB
 from kvembed._testing import FINGERPRINT, block_path, keys_of, put_all, random_block, random_chain
 
 from ._pilot import until
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from kvembed_chat._prefixes import PrefixSource
     from textual.pilot import Pilot
+    from transformers import PreTrainedTokenizerFast
+
+    from ..conftest import ModelFactory
 
 REPORT, ANSWER, NOTES, TRIP, OLD = (row.id for row in ScriptedPrefixes().tree().rows)
 
@@ -275,6 +278,37 @@ async def test_a_real_store(tmp_path: Path) -> None:
             await on.until(lambda: on.ids() == [])
             assert store.pins() == {}
             assert not block_path(store, chain[0]).exists()
-            assert any("erased 2 blocks" in note for note in on.notes())
+            assert any("erased 2 blocks" in note and "nothing of it is left" in note for note in on.notes())
         assert store.verify().ok
+    db.close()
+
+
+def test_a_store_with_a_model(
+    tmp_path: Path, tiny_llama: ModelFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    db = SessionDB(tmp_path / "sessions.db")
+    store = KVStore(tmp_path / "store", max_cpu_bytes="64MiB", max_disk_bytes="64MiB")
+    with store, CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=16, progress=False) as model:
+        source = StorePrefixes(lambda: store, lambda: model, lambda: db)
+        session = model.session("trip", db=db)
+        session.send("Where to go in the north?", max_new_tokens=20)
+        store.flush()
+        tree = source.tree()
+        row = tree.rows[0]
+        assert (row.tier, row.users, row.start) == ("live", ("trip",), 0)
+        assert source.words(row) == "user Where to g"  # of the first block: a mark and 15 bytes
+        assert [tier.name for tier in source.tiers()] == ["live", "cpu", "disk"]
+        assert source.hit_rates() == [0.0]
+        source.evict(row, "memory")
+        assert [each.nbytes.keys() for each in source.tree().rows] == [{"disk"}] * len(tree.rows)
+        reused = session.preview("And in the south?")
+        assert reused is not None
+        assert set(reused.tokens_by_tier) == {"disk"}
+        assert "nothing of it is left" in source.forget(source.tree(), source.tree().rows[0])
+        assert source.tree().rows == ()
+        assert source.tiers()[0].nbytes == 0
+        assert [turn.user for turn in session.turns] == ["Where to go in the north?"]  # its words stay
+        again = session.preview("And in the south?")
+        assert again is not None
+        assert again.num_tokens == 0
     db.close()

@@ -185,6 +185,22 @@ def test_a_session_knows_its_blocks_without_a_tokenizer(store: KVStore, tmp_path
     db.close()
 
 
+def test_streams_of_every_branch_each_once(tmp_path: Path) -> None:
+    db = SessionDB(tmp_path / "sessions.db")
+    db.open("trip")
+
+    def reply(kept: int, rest: list[int]) -> Message:
+        return Message(0, None, "assistant", "x", ids_kept=kept, ids_rest=as_token_ids(rest).tobytes())
+
+    first = db.add("trip", [Message(0, None, "user", "a"), reply(0, [1, 2, 3])], None)
+    db.add("trip", [Message(0, None, "user", "b"), reply(3, [4, 5])], first)
+    db.add("trip", [Message(0, None, "user", "c"), reply(2, [9])], first)  # its template changed a token
+    db.open("empty")
+    found = sorted((text.label, text.ids.tolist()) for text in known_texts(db))
+    assert found == [("trip", [1, 2, 3, 4, 5]), ("trip", [1, 2, 9])]
+    db.close()
+
+
 # --- evict ---------------------------------------------------------------------------------------------
 
 
