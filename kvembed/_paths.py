@@ -4,6 +4,7 @@
 ``KVEMBED_CACHE_DIR`` the cache folder itself
 ``KVEMBED_HOME``      a folder for everything of kvembed; the cache is its subfolder ``cache``, chats are in ``data``
 ``KVEMBED_MODELS_DIR`` converted models only (they are large, and cost a download to make again)
+``KVEMBED_KEY``       the key of encrypted stores, or where it is; read by `kvembed._encryption.sources`
 ``KVEMBED_DISABLE``   ``1``: nothing is reused and nothing is stored
 ===================== ======================================================================
 

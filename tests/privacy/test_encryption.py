@@ -656,6 +656,32 @@ def test_processes_share_an_encrypted_store(tmp_path: Path) -> None:
                 assert_reads(store, block, "disk")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_forked_children_use_an_encrypted_store(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom kvembed import KVStore\nfrom kvembed._testing import *\n"
+        "with KVStore(sys.argv[1], key=bytes(range(100, 132)), max_cpu_bytes=None) as store:\n"
+        "    put_all(store, random_chain(3))\n"
+        "    for seed in range(1, 6):\n"
+        "        put_all(store, random_chain(3, seed=10 * seed))\n"  # the writer is at work while it forks
+        "        if not (pid := os.fork()):\n"
+        "            signal.alarm(60)\n"
+        "            put_all(store, random_chain(3, seed=seed))\n"
+        "            store.flush()\n"
+        "            assert_reads(store, random_chain(3, seed=seed)[2], 'disk')\n"
+        "            os._exit(0)\n"
+        "        assert os.waitpid(pid, 0)[1] == 0\n"
+        "    store.flush()\n"
+        "    for seed in (*range(6), *range(10, 60, 10)):\n"
+        "        for block in random_chain(3, seed=seed):\n"
+        "            assert_reads(store, block, 'disk')\n"
+        "    assert store.take_problems() == []\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "s"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def test_new_keys_are_32_bytes_that_differ() -> None:
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
