@@ -7,6 +7,7 @@ the session itself knows against the keys of the tree, so nothing of them needs 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -210,14 +211,13 @@ class _Blocks:
                 row = (key, info.parent, space, info.start, info.n_tokens, int(info.exact), info.nbytes, 0, None, 0)
                 for column, value in zip(columns, row, strict=True):
                     column.append(value)
-        self.keys, self.parents, spaces, start, tokens, exact, nbytes, file_bytes, used, hits = columns
-        self.namespaces: list[bytes] = [
-            digests.get(space, bytes(space) if isinstance(space, bytes) else bytes(32)) for space in spaces
-        ]
+        self.keys, self.parents, self._spaces, start, tokens, exact, nbytes, file_bytes, used, hits = columns
+        self._digests = digests
         self.start, self.tokens, self.nbytes = _ints(start), _ints(tokens), _ints(nbytes)
         self.file_bytes, self.hits, self.inexact = _ints(file_bytes), _ints(hits), 1 - _ints(exact)
-        self.on_disk = np.array([when is not None for when in used], bool)
-        self.used = np.array([when or 0.0 for when in used], np.float64)
+        # Never used yet, as only memory has it: not a number.
+        self.used = np.array(used, np.float64)
+        self.on_disk = ~np.isnan(self.used)
         self.place = dict(zip(self.keys, range(len(self.keys)), strict=True))
         parent = _ints([self.place.get(key, -1) for key in self.parents])
         # A block's start is past its parent's. In a catalog that somebody has tampered with it need not be: then the
@@ -230,6 +230,11 @@ class _Blocks:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def namespace(self, at: int) -> bytes:
+        """Return the digest of the model that computed a block."""
+        space = self._spaces[at]
+        return self._digests.get(space, space if isinstance(space, bytes) else bytes(32))
 
     def walk(self, root: bytes, ids: TokenIds) -> list[bytes]:
         """Return the keys of the blocks that hold nothing but the beginning of a text, whatever their sizes."""
@@ -369,7 +374,7 @@ def _collapsed(
     tiers = [(tier, summed(size), summed(held)) for tier, (size, held) in blocks.by_tier(resident).items()]
     states = np.bincount(blocks.parent[blocks.is_state & (blocks.parent >= 0)], minlength=len(blocks))
     n_states, hits, inexact = summed(states), summed(blocks.hits), summed(blocks.inexact)
-    used = np.maximum.reduceat(blocks.used[order], begins).tolist()
+    used = np.fmax.reduceat(blocks.used[order], begins).tolist()
     start, end = blocks.start[heads].tolist(), (blocks.start[tails] + blocks.tokens[tails]).tolist()
     run_of = np.empty(len(blocks), np.int64)
     run_of[order] = np.repeat(np.arange(len(heads)), ends - begins)
@@ -381,7 +386,7 @@ def _collapsed(
     for number, depth in _in_order(before, used):
         parent, key = place[before[number]], keys[ends[number] - 1]
         place[number] = len(rows)
-        namespace = blocks.namespaces[heads[number]]
+        namespace = blocks.namespace(heads[number])
         rows.append(
             PrefixRow(
                 key,
@@ -391,7 +396,7 @@ def _collapsed(
                 {tier: size[number] for tier, size, _ in tiers if size[number]},
                 {tier: held[number] for tier, _, held in tiers if held[number]},
                 n_states[number],
-                used[number] or None,
+                None if math.isnan(used[number]) else used[number],
                 hits[number],
                 tuple(sorted(names[key])) if key in names else (),
                 tuple(sorted(users[key])) if key in users else (),
@@ -408,7 +413,7 @@ def _collapsed(
 
 def _in_order(before: list[int], used: list[float]) -> Iterable[tuple[int, int]]:
     """Yield runs and their depth, each after the one it follows, those that were used last first."""
-    latest = [when or float("inf") for when in used]  # never on disk yet: just put
+    latest = [math.inf if math.isnan(when) else when for when in used]  # never on disk yet: just put
     following: defaultdict[int, list[int]] = defaultdict(list)
     for number, parent in enumerate(before):
         following[parent].append(number)

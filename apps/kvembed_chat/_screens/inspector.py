@@ -426,6 +426,8 @@ def _ago(row: PrefixRow, now: float) -> str:
     if row.last_used is None:
         return "just now"
     seconds = max(0.0, now - row.last_used)
+    if seconds < 1:
+        return "just now"
     if seconds < 60:
         return f"{seconds:.0f} s ago"
     if seconds < 3600:
