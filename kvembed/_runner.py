@@ -183,8 +183,10 @@ class Runner:
             # transformers computes the media themselves, and what comes after them, in one forward.
             upto = media.start // self.engine.block_size * self.engine.block_size if media.resumes else 0
         elif request.state_at is not None and attempt.sequence.has_state and not request.deterministic:
-            # Ends with the state there being kept.
-            self._stages.prefill(attempt, request.progress, upto=request.state_at, cancel=request.cancel)
+            # Ends with the state there being kept. One token is always left to transformers, which would feed the whole
+            # prompt once more to a cache that holds all of it.
+            upto_state = min(request.state_at, len(attempt.ids) - 1)
+            self._stages.prefill(attempt, request.progress, upto=upto_state, cancel=request.cancel)
         self._stages.prefill(attempt, request.progress, upto=upto, cancel=request.cancel)
         cache = attempt.sequence.cache
         if compiled:
