@@ -5,6 +5,7 @@
     KVEmbedError
       ConfigError              a budget, path or option that cannot work (also a ValueError)
       PromptError              an empty prompt, or one longer than the model's context (also a ValueError)
+        ContextFullError       a conversation that does not fit any more; says what leaving out turns would cost
       ModelNotFoundError       no such alias, folder, file or hub id (also a LookupError)
       UnsupportedModelError    an explicit verb on a model whose KV cannot be kept exactly
       StoreError
@@ -29,6 +30,7 @@ __all__ = [
     "BlockFormatError",
     "CacheBypassWarning",
     "ConfigError",
+    "ContextFullError",
     "EncryptedBlockError",
     "KVEmbedError",
     "KVEmbedWarning",
@@ -55,6 +57,34 @@ class ConfigError(KVEmbedError, ValueError):
 
 class PromptError(KVEmbedError, ValueError):
     """A prompt that cannot be run: empty, or longer than the model's context."""
+
+
+class ContextFullError(PromptError):
+    """A conversation that does not fit the context any more, though it would without its oldest turns.
+
+    Args:
+        tokens: Of the whole prompt.
+        new_tokens: That are to be generated.
+        limit: The model's context.
+        dropped_turns: So many of the oldest turns have to be left out.
+        again_tokens: So many tokens are then computed again, once.
+    """
+
+    def __init__(self, tokens: int, new_tokens: int, limit: int, dropped_turns: int, again_tokens: int) -> None:
+        super().__init__(tokens, new_tokens, limit, dropped_turns, again_tokens)
+        self.tokens = tokens
+        self.new_tokens = new_tokens
+        self.limit = limit
+        self.dropped_turns = dropped_turns
+        self.again_tokens = again_tokens
+
+    def __str__(self) -> str:
+        """Say what can be done."""
+        return (
+            f"the conversation has {self.tokens:,} tokens and {self.new_tokens:,} more are to be generated, but the "
+            f'context is {self.limit:,}: allow fewer tokens, delete turns, or open it with when_full="drop", which '
+            f"leaves out the {self.dropped_turns} oldest turns and computes {self.again_tokens:,} tokens again, once"
+        )
 
 
 class ModelNotFoundError(KVEmbedError, LookupError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import App
@@ -32,6 +34,7 @@ class ChatApp(App[None]):
 
     Attributes:
         last_session: The session that was open when the app was left.
+        unsent: What stood in the prompt then, also what was stopped before its first token.
     """
 
     TITLE = "kvembed-chat"
@@ -48,8 +51,15 @@ class ChatApp(App[None]):
         self.engine = engine
         self.options = options
         self.last_session: str | None = None
+        self.unsent = ""
         self.chat = ChatScreen(engine, options)
         self._is_leaving = False
+        engine.on_warning = self._warn
+
+    def _warn(self, text: str) -> None:
+        """Show a warning of the cache; called from the engine's threads."""
+        with contextlib.suppress(RuntimeError):  # the app was left meanwhile
+            self.call_later(partial(self.notify, text, title="Cache", severity="warning", markup=False))
 
     def on_mount(self) -> None:
         """Put on the theme, and show the chat."""
@@ -85,4 +95,5 @@ class ChatApp(App[None]):
     def leave(self) -> None:
         """Leave now."""
         self.last_session = self.chat.current
+        self.unsent = self.chat.prompt.text.strip()
         self.exit()

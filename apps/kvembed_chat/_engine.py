@@ -214,6 +214,9 @@ class ContextFull(Exception):
 class Engine(Protocol):
     """Models, conversations and their KV. Errors are exceptions whose text says what to do."""
 
+    on_warning: Callable[[str], object] | None
+    """Called with what is wrong with the cache though answers go on (a damaged block, a full disk), from any thread."""
+
     @property
     def model(self) -> ModelInfo | None:
         """The model that is loaded."""

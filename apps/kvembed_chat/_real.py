@@ -10,10 +10,11 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kvembed import ConfigError, KVEmbedWarning, KVStore, SessionDB, Usage
+from kvembed import ConfigError, ContextFullError, KVEmbedWarning, KVStore, SessionDB, Usage
 from kvembed._paths import is_disabled
 from kvembed._sessions.replies import exported
 from kvembed_chat._engine import (
+    ContextFull,
     Conversation,
     Exchange,
     ModelInfo,
@@ -44,12 +45,11 @@ class RealEngine:
 
     Args:
         store: Folder of the KV; None for the user's cache folder.
-        on_warning: Called with kvembed's warnings (a damaged block, a full disk), from any thread.
     """
 
-    def __init__(self, store: str | None = None, on_warning: Callable[[str], object] | None = None) -> None:
+    def __init__(self, store: str | None = None) -> None:
         self._store_path = store
-        self.on_warning = on_warning
+        self.on_warning: Callable[[str], object] | None = None
         self._lock = threading.RLock()
         self._opened: KVStore | None = None
         self._model: CachedModel | None = None
@@ -205,7 +205,7 @@ class RealEngine:
 
         def progress(done: int, total: int) -> None:
             if stop.is_set():
-                raise Stopped
+                raise Stopped  # what is finished is kept all the same
             emit(Progress("prefill", done, total, path.name))
 
         emit(Progress("prefill", what=path.name))
@@ -214,35 +214,51 @@ class RealEngine:
 
     def reply(self, name: str, ask: Ask, emit: Callable[[Event], None], stop: threading.Event) -> Exchange:
         """Answer, piece by piece."""
-        session = self._session(name)
-        session.when_full = "drop" if ask.drop_oldest else "refuse"
-        model = self._model
+        session, model = self._session(name), self._model
         assert model is not None
+        head = self._db.info(name).head
+        session.when_full = "drop" if ask.drop_oldest else "refuse"
+        with self._warnings():
+            try:
+                stream = _stream(session, ask)
+            except ContextFullError as full:
+                raise ContextFull(
+                    full.tokens,
+                    full.new_tokens,
+                    full.limit,
+                    full.dropped_turns,
+                    full.again_tokens,
+                    self._seconds(name, full.again_tokens),
+                ) from full
 
-        def progress(done: int, total: int) -> None:
-            if stop.is_set():
-                raise Stopped
-            emit(Progress("prefill", done, total))
+            def progress(done: int, total: int) -> None:
+                if stop.is_set():
+                    session.stop()
+                emit(Progress("prefill", done, total))
 
-        before = model.progress
-        model.progress = progress
-        try:
-            with self._warnings():
-                pieces = _pieces(session, ask)
-                waited = time.perf_counter() - ask.sent_at if ask.sent_at else 0.0
-                with contextlib.closing(pieces):
-                    for piece in pieces:
-                        emit(Piece(piece))
-                        if stop.is_set():
-                            break
-        finally:
-            model.progress = before
+            waited = time.perf_counter() - ask.sent_at if ask.sent_at else 0.0
+            model.progress = progress
+            try:
+                for piece in stream:
+                    emit(Piece(piece))
+                    if stop.is_set():
+                        session.stop()
+            finally:
+                model.progress = False
+        if self._db.info(name).head == head:
+            raise Stopped  # while the prompt was computed: what was computed is kept, and no turn is added
         turn = self.open(name).turns[-1]
         if turn.usage is None:
             return turn
         # The time to the first token starts when the user sent it, not when the model was called.
         usage = replace(turn.usage, ttft_s=turn.usage.ttft_s + waited, total_s=turn.usage.total_s + waited)
         return replace(turn, usage=usage)
+
+    def _seconds(self, name: str, tokens: int) -> float | None:
+        """Return how long computing so many tokens took lately, or None when nothing long was computed here."""
+        usages = [turn.usage for turn in self.open(name).turns if turn.usage is not None]
+        rates = [usage.prefill_tokens_per_second for usage in usages if usage.prefill_tokens_per_second]
+        return tokens / rates[-1] if rates else None
 
     def preview(self, name: str | None, ask: Ask) -> Preview | None:
         """Say what sending something would cost."""
@@ -264,7 +280,7 @@ class RealEngine:
             self._db.close()
 
 
-def _pieces(session: Session, ask: Ask) -> Any:
+def _stream(session: Session, ask: Ask) -> Iterator[str]:
     if ask.kind == "regenerate":
         return session.stream_regenerated()
     if ask.kind == "edit" and ask.turn is not None:

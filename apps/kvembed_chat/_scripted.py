@@ -96,6 +96,7 @@ class ScriptedEngine:
             ModelItem("smollm2", "SmolLM2-135M-Instruct", "93 MB to download"),
             ModelItem("gemma3-270m", "Gemma 3 270M (base)", "on this machine"),
         ]
+        self.on_warning: Callable[[str], object] | None = None
         self.load_error: Exception | None = None
         self.prefixes = ScriptedPrefixes()
         self.closed = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvembed._errors import PromptError
+from kvembed._errors import ContextFullError, PromptError
 from kvembed._keys import common_prefix
 from kvembed._prompt import MARK, context_length, split_at_mark
 from kvembed._sessions import clock
@@ -144,7 +144,7 @@ class Renderer:
                 raise PromptError(f"this turn alone does not fit the context of {limit:,} tokens: shorten it")
             room = limit // _ROOM
             if not may_drop:
-                raise PromptError(self._too_long(branch, beginning, max_new_tokens, limit, len(prompt.ids)))
+                raise self._too_long(branch, beginning, max_new_tokens, limit, len(prompt.ids))
         raise AssertionError("a branch that is answered has a turn")  # pragma: no cover
 
     def surviving(self, prepared: Prepared) -> int:
@@ -156,14 +156,10 @@ class Renderer:
 
     def _too_long(
         self, branch: list[Message], beginning: Beginning, max_new_tokens: int, limit: int, tokens: int
-    ) -> str:
+    ) -> PromptError:
         try:
             found = self.prepare(branch, beginning, max_new_tokens, may_drop=True)
         except PromptError as error:
-            return str(error)
+            return error
         again = len(found.prompt.ids) - common_prefix(found.history.stream, found.prompt.ids)
-        return (
-            f"the conversation has {tokens:,} tokens and {max_new_tokens:,} more are to be generated, but the context "
-            f'is {limit:,}: allow fewer tokens, delete turns, or open it with when_full="drop", which leaves out the '
-            f"{found.dropped} oldest turns and computes {again:,} tokens again, once"
-        )
+        return ContextFullError(tokens, max_new_tokens, limit, found.dropped, again)

@@ -11,6 +11,7 @@ import torch
 from kvembed._document import digits_of, keys_of, read_document
 from kvembed._errors import PromptError
 from kvembed._keys import as_token_ids
+from kvembed._paths import is_disabled
 from kvembed._progress import StoppedEarly
 from kvembed._prompt import as_prompt, context_length
 from kvembed._sessions import clock
@@ -234,8 +235,9 @@ class Session(SessionView):
                     f"the conversation and the document have {len(prompt.ids):,} tokens, but the context is {limit:,}: "
                     "attach a shorter one, or begin a new session"
                 )
-            usage = Usage(prompt_tokens=len(prompt.ids), bypass_reason=self._model.support)
-            if self._model.support is None:
+            refusal = "KVEMBED_DISABLE is set" if is_disabled() else self._model.support
+            usage = Usage(prompt_tokens=len(prompt.ids), bypass_reason=refusal)
+            if refusal is None:
                 usage = self._model.prefill(prompt.ids, progress=progress)
                 if pin:
                     self._model.store.pin(

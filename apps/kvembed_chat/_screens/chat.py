@@ -69,7 +69,7 @@ class ChatScreen(VerbsScreen):
         """Show what there is, and begin with what the command line asked for."""
         self.query_one(Completions).display = False
         self.prompt.focus()
-        self.go(self._begin(), "session")
+        self.go(self._begin, "session")
 
     async def _begin(self) -> None:
         if self.current is not None:
@@ -97,7 +97,7 @@ class ChatScreen(VerbsScreen):
 
     def session_changed(self) -> None:
         """Show the list and the title anew."""
-        self.go(self._list(), "list", exclusive=True)
+        self.go(self._list, "list", exclusive=True)
         self._show_title()
         self._show_empty()
         self.show_gauges()
@@ -105,7 +105,7 @@ class ChatScreen(VerbsScreen):
     def show_gauges(self) -> None:
         """Show how full the tiers are."""
         if self.options.cached:
-            self.go(self._gauges(), "gauges", exclusive=True)
+            self.go(self._gauges, "gauges", exclusive=True)
 
     async def _gauges(self) -> None:
         try:
@@ -304,7 +304,7 @@ class ChatScreen(VerbsScreen):
 
     def action_models(self) -> None:
         """Choose a model."""
-        self.go(self._choose_model(), "dialog", exclusive=True)
+        self.go(self._choose_model, "dialog", exclusive=True)
 
     async def _choose_model(self) -> None:
         model = self.engine.model
@@ -324,7 +324,7 @@ class ChatScreen(VerbsScreen):
 
     def action_settings(self) -> None:
         """Change the system message and the sampling of this session."""
-        self.go(self._settings(), "dialog", exclusive=True)
+        self.go(self._settings, "dialog", exclusive=True)
 
     async def _settings(self) -> None:
         known = self.conversation

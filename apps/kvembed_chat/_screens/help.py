@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from textual.binding import Binding
 from textual.containers import VerticalScroll
+from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widgets import Markdown
+from textual.widgets import Static
 
 from kvembed_chat._config import config_file
 
@@ -15,54 +16,72 @@ if TYPE_CHECKING:
     from textual.app import ComposeResult
     from textual.binding import BindingType
 
-__all__ = ["HelpScreen"]
+__all__ = ["HelpScreen", "help_text"]
 
-_TEXT = """\
-## Writing
-| key | what it does |
-|---|---|
-| enter | send |
-| ctrl+j, shift+enter | new line |
-| up, down | earlier messages, on the first and last line |
-| `@name` | attach a text file: computed once, kept, shared by sessions |
-| esc | stop the reply (what was said is kept), leave a search, or stop editing |
+_SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Writing",
+        (
+            ("enter", "send"),
+            ("ctrl+j, shift+enter", "new line"),
+            ("up, down", "earlier messages, on the first and the last line"),
+            ("@name", "attach a text file: computed once, kept, shared"),
+            ("esc", "stop the reply (what was said is kept), or editing"),
+        ),
+    ),
+    (
+        "Conversation",
+        (
+            ("ctrl+r", "answer once more"),
+            ("ctrl+e", "edit what you said last, and send it again"),
+            ("shift+tab", "pick a turn with up and down; then:"),
+            ("  e  f  x  u", "edit, fork here, leave out, undo"),
+            ("  c  b", "copy the reply, copy a code block"),
+            ("  space", "unfold what the model thought"),
+        ),
+    ),
+    (
+        "Sessions",
+        (
+            ("ctrl+n", "new"),
+            ("ctrl+f, / in the list", "search all conversations"),
+            ("ctrl+b, F3", "show or hide the list (in tmux: ctrl+b twice)"),
+            ("  enter  r  f", "open, rename, fork"),
+            ("  d  u", "delete, undo delete"),
+        ),
+    ),
+    (
+        "The cache",
+        (
+            ("F2", "look into it; then:"),
+            ("  p  e  v  x", "pin, evict, verify, forget a prefix"),
+            ("  t  /  s  r", "show its first words, filter, sort, read again"),
+        ),
+    ),
+    (
+        "The rest",
+        (
+            ("ctrl+o", "models"),
+            ("F4", "system message and sampling of this session"),
+            ("ctrl+p", "all commands: export, themes, copy …"),
+            ("ctrl+q", "leave; a reply that is being written is kept"),
+        ),
+    ),
+)
+_KEYS = 23
 
-## Conversation
-| key | what it does |
-|---|---|
-| ctrl+r | answer once more |
-| ctrl+e | edit and resend what you said last |
-| shift+tab | pick a turn: then up/down, `e` edit, `c` copy, `b` copy code, `f` fork here, `x` delete, `u` undo |
-| space | unfold the thoughts of the picked turn |
 
-## Sessions
-| key | what it does |
-|---|---|
-| ctrl+n | new |
-| ctrl+f, `/` in the list | search all conversations |
-| ctrl+b, F3 | show or hide the list (in tmux, ctrl+b has to be pressed twice) |
-| in the list | enter opens, `r` rename, `f` fork, `d` delete, `u` undo delete |
-
-## The cache (F2)
-| key | what it does |
-|---|---|
-| p | pin a prefix, or unpin it |
-| e | evict it: from memory, from disk, everywhere |
-| v | verify: read its files to their end |
-| x | forget: erase it, what follows it, and what only led to it |
-| t | show its first words |
-| `/`, s, r | filter, sort, read again |
-
-## The rest
-| key | what it does |
-|---|---|
-| F2 | look into the cache: pin, evict, verify, forget |
-| ctrl+o | models |
-| F4 | system message and sampling of this session |
-| ctrl+p | all commands: export, themes, copy … |
-| ctrl+q | leave; a reply that is being written is kept |
-
-"""
+def help_text() -> Content:
+    """Return all keys, in columns."""
+    parts: list[Content | str | tuple[str, str]] = []
+    for title, keys in _SECTIONS:
+        parts.append((f"{title}\n", "bold $text-primary"))
+        for key, what in keys:
+            parts += [(f"  {key:<{_KEYS}}", "bold"), f"{what}\n"]
+        parts.append("\n")
+    parts.append("Defaults (model, theme, store, system) can be set in\n")
+    parts.append((str(config_file()), "bold"))
+    return Content.assemble(*parts)
 
 
 class HelpScreen(ModalScreen[None]):
@@ -76,4 +95,4 @@ class HelpScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         """One page that scrolls."""
         with VerticalScroll(classes="box"):
-            yield Markdown(f"{_TEXT}Defaults (model, theme, store, system) can be set in `{config_file()}`.")
+            yield Static(help_text())

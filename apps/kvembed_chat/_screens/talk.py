@@ -20,7 +20,7 @@ from kvembed_chat._widgets.transcript import Transcript
 from kvembed_chat._words import context_question, free_name, name_from
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from pathlib import Path
 
     from kvembed_chat._cli import Options
@@ -120,13 +120,13 @@ class TalkScreen(Screen[None]):
         text = str(error) if isinstance(error, KVEmbedError | ContextFull) else f"{type(error).__name__}: {error}"
         self.notify(text or type(error).__name__, title=doing, severity="error", timeout=8, markup=False)
 
-    def go(self, work: Coroutine[Any, Any, object], group: str, *, exclusive: bool = False) -> None:
+    def go(self, work: Callable[[], Coroutine[Any, Any, object]], group: str, *, exclusive: bool = False) -> None:
         """Run a coroutine beside the message handlers, so that they stay free for keys."""
-        self.run_worker(self._guarded(work), group=group, exclusive=exclusive, exit_on_error=False)
+        self.run_worker(partial(self._guarded, work), group=group, exclusive=exclusive, exit_on_error=False)
 
-    async def _guarded(self, work: Coroutine[Any, Any, object]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         try:
-            await work
+            await work()
         except Exception as error:
             self.complain(error)
 
@@ -182,7 +182,7 @@ class TalkScreen(Screen[None]):
         self.prompt.take()
         self.editing = None
         self.mode_changed()
-        self.go(self._converse(ask, files, raw), "talk")
+        self.go(partial(self._converse, ask, files, raw), "talk")
 
     async def _converse(self, ask: Ask, files: list[Path], raw: str) -> None:
         run = self._start("reply" if ask.kind == "regenerate" or ask.text else "attach")
@@ -277,7 +277,7 @@ class TalkScreen(Screen[None]):
 
     def ask_preview(self) -> None:
         """Find out soon what sending this would cost."""
-        self.go(self._preview(), "preview", exclusive=True)
+        self.go(self._preview, "preview", exclusive=True)
 
     async def _preview(self) -> None:
         import asyncio
@@ -301,7 +301,7 @@ class TalkScreen(Screen[None]):
         if self._run_now is not None:
             self.notify("Wait until this is done, or stop it with esc.", severity="warning")
             return
-        self.go(self._load(name), "talk")
+        self.go(partial(self._load, name), "talk")
 
     async def _load(self, name: str) -> None:
         run = self._start("load")

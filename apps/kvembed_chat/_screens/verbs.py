@@ -14,7 +14,7 @@ from kvembed_chat._threads import in_thread
 from kvembed_chat._words import free_name
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from typing import Any
 
     from kvembed_chat._cli import Options
@@ -45,11 +45,10 @@ class VerbsScreen(TalkScreen):
             self.notify(_WAIT, severity="warning")
             return
         self.prompt.focus()
-        self.go(self.open_session(name), "session")
+        self.go(partial(self.open_session, name), "session")
 
-    def _change(self, work: Coroutine[Any, Any, object]) -> None:
+    def _change(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         if self.is_busy:
-            work.close()
             self.notify(_WAIT, severity="warning")
         else:
             self.go(work, "session")
@@ -68,11 +67,11 @@ class VerbsScreen(TalkScreen):
         elif verb == "open":
             self.switch(name)
         elif verb == "rename":
-            self._change(self._rename(name))
+            self._change(partial(self._rename, name))
         elif verb == "fork":
-            self._change(self._fork(name))
+            self._change(partial(self._fork, name))
         elif verb == "delete":
-            self._change(self._delete(name))
+            self._change(partial(self._delete, name))
 
     def on_sidebar_searched(self) -> None:
         """Show what is found."""
@@ -81,7 +80,7 @@ class VerbsScreen(TalkScreen):
     def action_rename(self) -> None:
         """Call this session something else."""
         if self.current is not None:
-            self._change(self._rename(self.current))
+            self._change(partial(self._rename, self.current))
 
     async def _rename(self, name: str) -> None:
         new = await self.app.push_screen_wait(AskLine("Rename the conversation", name))
@@ -96,7 +95,7 @@ class VerbsScreen(TalkScreen):
     def action_fork(self) -> None:
         """Go on from here in a new session."""
         if self.current is not None:
-            self._change(self._fork(self.current))
+            self._change(partial(self._fork, self.current))
 
     async def _fork(self, name: str, turns: int | None = None) -> None:
         taken = {item.name for item in await in_thread(self.engine.sessions)}
@@ -113,7 +112,7 @@ class VerbsScreen(TalkScreen):
     def action_delete_session(self) -> None:
         """Take this session out of the list."""
         if self.current is not None:
-            self._change(self._delete(self.current))
+            self._change(partial(self._delete, self.current))
 
     async def _delete(self, name: str) -> None:
         await in_thread(partial(self.engine.delete, name))
@@ -127,7 +126,7 @@ class VerbsScreen(TalkScreen):
     def action_undelete(self) -> None:
         """Bring the last deleted session back."""
         if self._deleted:
-            self._change(self._undelete(self._deleted[-1]))
+            self._change(partial(self._undelete, self._deleted[-1]))
         else:
             self.notify("Nothing was deleted since the start.")
 
@@ -139,7 +138,7 @@ class VerbsScreen(TalkScreen):
     def action_export(self) -> None:
         """Write this session to a file."""
         if self.current is not None:
-            self._change(self._export(self.current))
+            self._change(partial(self._export, self.current))
 
     async def _export(self, name: str) -> None:
         path = await self.app.push_screen_wait(AskLine("Export to", default_export(name), "ends in .md or .json"))
@@ -172,9 +171,9 @@ class VerbsScreen(TalkScreen):
         elif message.verb == "copy_code":
             self._copy_code(known.turns[turn].reply)
         elif message.verb == "fork":
-            self._change(self._fork(known.name, turn + 1))
+            self._change(partial(self._fork, known.name, turn + 1))
         elif message.verb == "delete":
-            self._change(self._delete_turn(known.name, turn))
+            self._change(partial(self._delete_turn, known.name, turn))
 
     def edit(self, turn: int) -> None:
         """Put an earlier turn in the box, to be sent again."""
@@ -188,7 +187,7 @@ class VerbsScreen(TalkScreen):
     def action_undo_turn(self) -> None:
         """Take back the last change of this session."""
         if self.current is not None:
-            self._change(self._undo(self.current))
+            self._change(partial(self._undo, self.current))
 
     async def _undo(self, name: str) -> None:
         if not await in_thread(partial(self.engine.undo, name)):

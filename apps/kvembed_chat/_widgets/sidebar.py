@@ -65,6 +65,7 @@ class Sidebar(Vertical):
     def __init__(self) -> None:
         super().__init__(id="sidebar")
         self._items: list[SessionItem] = []
+        self._current: str | None = None
 
     def compose(self) -> ComposeResult:
         """A search box above the list, and how full the cache is below it."""
@@ -87,7 +88,8 @@ class Sidebar(Vertical):
         sessions.clear_options()
         sessions.add_options([_option(item, item.name == current) for item in items])
         names = [item.name for item in items]
-        wanted = before if sessions.has_focus and before in names else current
+        is_same = current == self._current and sessions.has_focus and before in names
+        wanted, self._current = (before if is_same else current), current
         sessions.highlighted = names.index(wanted) if wanted in names else (0 if names else None)
         empty = self.query_one("#no-sessions", Static)
         empty.update("nothing found" if self.words else "no session yet")

@@ -137,7 +137,9 @@ class Transcript(VerticalScroll):
 
     def action_turn(self, verb: str) -> None:
         """Do something with the picked turn."""
-        self.post_message(self.Chosen(verb, self.selected))
+        views = self.views
+        last = views[-1].number if views else None
+        self.post_message(self.Chosen(verb, last if self.selected is None else self.selected))
 
     def action_fold(self) -> None:
         """Fold or unfold the thoughts of the picked turn."""
