@@ -307,3 +307,13 @@ async def test_a_warning_of_the_cache_is_a_toast() -> None:
         assert engine.on_warning is not None
         engine.on_warning("a damaged block was set aside")
         await until(pilot, lambda: any("damaged block" in toast.message for toast in app._notifications))
+
+
+async def test_a_document_of_the_command_line_waits_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "report.txt").write_text("A report.", encoding="utf-8")
+    engine = ScriptedEngine(model=None)
+    app = ChatApp(engine, Options(model="smollm2", session="Report", document=tmp_path / "report.txt"))
+    async with app.run_test() as pilot:
+        await until(pilot, lambda: "Report" in [item.name for item in engine.sessions()])
+        await until(pilot, lambda: engine.open("Report").pending == ("report.txt",) and not app.chat.is_busy)
+        assert engine.calls[-2:] == [("load", "smollm2"), ("attach", "Report", "report.txt")]

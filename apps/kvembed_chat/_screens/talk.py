@@ -182,10 +182,11 @@ class TalkScreen(Screen[None]):
         self.prompt.take()
         self.editing = None
         self.mode_changed()
-        self.go(partial(self._converse, ask, files, raw), "talk")
-
-    async def _converse(self, ask: Ask, files: list[Path], raw: str) -> None:
+        # Noted now and not when the worker begins: another key may be handled before.
         run = self._start("reply" if ask.kind == "regenerate" or ask.text else "attach")
+        self.go(partial(self._converse, run, ask, files, raw), "talk")
+
+    async def _converse(self, run: Run, ask: Ask, files: list[Path], raw: str) -> None:
         try:
             name = await self._session(ask.text or (files[0].name if files else "Chat"))
             for path in files:
@@ -301,10 +302,9 @@ class TalkScreen(Screen[None]):
         if self._run_now is not None:
             self.notify("Wait until this is done, or stop it with esc.", severity="warning")
             return
-        self.go(partial(self._load, name), "talk")
+        self.go(partial(self._load, self._start("load"), name), "talk")
 
-    async def _load(self, name: str) -> None:
-        run = self._start("load")
+    async def _load(self, run: Run, name: str) -> None:
         self.status.progress(Progress("load", what=name))
         try:
             await in_thread(partial(self.engine.load, name, run.emit))
