@@ -42,6 +42,9 @@ class ForgetReport:
         traces: What the scan found of the erased blocks, one line each; empty when nothing is left.
         elsewhere: Files of other blocks with the same tokens: of another model, another salt, or as the middle of
             another text. They were left alone.
+        messages: Messages and documents of a session erased.
+        messages_kept: Those of the session that stay, because other sessions have them too.
+        sharers: Names of these other sessions.
     """
 
     blocks: int = 0
@@ -50,6 +53,9 @@ class ForgetReport:
     scanned: int = 0
     traces: tuple[str, ...] = ()
     elsewhere: int = 0
+    messages: int = 0
+    messages_kept: int = 0
+    sharers: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -58,8 +64,9 @@ class ForgetReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
-        names = ("blocks", "nbytes", "kept", "scanned", "elsewhere", "ok")
-        return {**{name: getattr(self, name) for name in names}, "traces": list(self.traces)}
+        names = ("blocks", "nbytes", "kept", "scanned", "elsewhere", "messages", "messages_kept", "ok")
+        lists = {"traces": list(self.traces), "sharers": list(self.sharers)}
+        return {**{name: getattr(self, name) for name in names}, **lists}
 
     def __str__(self) -> str:
         """Return a summary and the traces."""
@@ -68,6 +75,12 @@ class ForgetReport:
             parts.append(f"{format_count(self.kept)} kept for others")
         if self.elsewhere:
             parts.append(f"{format_count(self.elsewhere)} files elsewhere hold the same tokens")
+        if self.messages:
+            parts.append(f"{format_count(self.messages)} messages erased")
+        if self.messages_kept:
+            have = "has" if len(self.sharers) == 1 else "have"
+            kept = f"{format_count(self.messages_kept)} messages kept"
+            parts.append(f"{kept}, which {', '.join(self.sharers)} {have} too")
         found = "nothing of it is left" if self.ok else f"{len(self.traces)} traces are left"
         parts.append(f"{format_count(self.scanned)} files scanned: {found}")
         return "\n".join(["; ".join(parts), *self.traces])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvembed._audit import Auditor, AuditReport
-from kvembed._errors import PromptError, UnsupportedModelError
+from kvembed._errors import ConfigError, PromptError, UnsupportedModelError
 from kvembed._explain import explain_prompt
 from kvembed._match import Explanation, PrefixMatch
 from kvembed._media import Media, MediaError, has_media, read_media
@@ -107,25 +107,32 @@ class ModelView:
         live = () if self.support is not None else (self._engine.live_stats(),)
         return (*live, *self.store.stats().tiers)
 
-    def forget(self, what: Any) -> ForgetReport:
+    def forget(self, what: Any, *, words: bool = True) -> ForgetReport:
         """Erase every stored block of a text that nothing else needs, with what was asked about it.
 
         Other texts that begin alike keep what they share. Blocks of other models and salts are not touched (see
         `KVStore.forget` and ``SECURITY.md`` for what stays in other processes and on the device).
 
         Args:
-            what: A document; a session (its KV, not its words); a text, which is looked for as a prompt and as a
-                document without a system message; chat messages; or token ids.
+            what: A document; a session, its words included (see `Session.forget`); a text, which is looked for as a
+                prompt and as a document without a system message; chat messages; or token ids.
+            words: Of a session: erase its words too.
 
         Returns:
             What was erased, and what a scan of the store's folder found of it afterwards.
 
         Raises:
             PromptError: Nothing was named.
+            ConfigError: It is a session of another model, or nothing of this model is cached.
             StoreReadOnlyError: The store was opened read-only.
         """
+        from kvembed._sessions.session import Session
         from kvembed._texts import forget
 
+        if words and isinstance(what, Session):
+            if what._model is not self:
+                raise ConfigError("it is a session of another model: call its own forget()")
+            return what.forget()
         with self._lock:
             self._engine.check_identity()
             return forget(self, what)

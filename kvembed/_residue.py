@@ -16,7 +16,7 @@ from kvembed._files import is_temp_name, open_regular, shown
 from kvembed._keys import PROBE_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from kvembed._block import BlockInfo
     from kvembed._codec import Codec
@@ -96,10 +96,25 @@ class Needles:
             self._index = np.sort(np.fromiter(words, dtype="<u8", count=len(words))), words
         return self._index
 
+    def add_string(self, string: bytes, kind: str) -> None:
+        """Look for a string of 8 to 256 bytes."""
+        self._index = None
+        self._strings[string] = kind
+
+    def discard(self, strings: Iterable[bytes]) -> None:
+        """Look for these no more."""
+        self._index = None
+        for string in strings:
+            self._strings.pop(string, None)
+
     def kinds_in(self, data: bytes) -> set[str]:
         """Return which kinds of what is looked for are in ``data``."""
+        return {self._strings[string] for string in self.strings_in(data)}
+
+    def strings_in(self, data: bytes) -> set[bytes]:
+        """Return which of the strings that are looked for are in ``data``."""
         wanted, words = self._indexed()
-        found: set[str] = set()
+        found: set[bytes] = set()
         if not len(wanted):
             return found
         for shift in range(min(_WORD, max(0, len(data) - _WORD + 1))):
@@ -109,7 +124,7 @@ class Needles:
                 start = shift + int(at) * _WORD
                 for offset, string in words[int(here[at])]:
                     if data[max(0, start - offset) : start - offset + len(string)] == string:
-                        found.add(self._strings[string])
+                        found.add(string)
         return found
 
     def named(self, name: str) -> bool:

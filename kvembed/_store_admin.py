@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from kvembed._errors import ConfigError, StoreReadOnlyError
 from kvembed._eviction import choose
@@ -29,6 +29,15 @@ class Named(Protocol):
     @property
     def name(self) -> str:
         """The name."""
+        ...
+
+
+@runtime_checkable
+class Forgettable(Protocol):
+    """Something that is more than its blocks, and erases all of itself: a session."""
+
+    def forget_in(self, store: StoreAdmin) -> ForgetReport:
+        """Erase it; ConfigError where it is not of this store."""
         ...
 
 
@@ -187,24 +196,25 @@ class StoreAdmin(StoreView):
         eraser.chain([info.key for info in self._chain(self._find(what))])
         return eraser.blocks
 
-    @explicit()
-    def forget(self, what: str | Iterable[bytes] | Named) -> int:
+    def forget(self, what: str | Iterable[bytes] | Named | Forgettable) -> int:
         """Erase a text: unpin it and erase every block that only its text needed, what was asked about it included.
 
         Blocks before it that lead to other sequences, and blocks pinned under other names, stay.
 
         Args:
-            what: The name it is pinned under, something with that ``name`` (a document), or its keys; keys are
-                given root side first, here and when they were pinned.
+            what: The name it is pinned under, something with that ``name`` (a document), a session of this store
+                (its words go too, see `Session.forget`), or its keys; keys are given root side first, here and when
+                they were pinned.
 
         Returns:
             Number of blocks erased.
 
         Raises:
-            ConfigError: Nothing is pinned under this name.
+            ConfigError: Nothing is pinned under this name, or it is a session of another store.
         """
-        return self._forget(what).blocks
+        return (what.forget_in(self) if isinstance(what, Forgettable) else self._forget(what)).blocks
 
+    @explicit()
     def _forget(self, what: str | Iterable[bytes] | Named) -> ForgetReport:
         """Erase as `forget` does, and say what a scan of the folder found afterwards."""
         self._begin_change()

@@ -2,44 +2,32 @@
 
 A session is a name and a *head*: the last message of its current branch. Every verb only adds messages and moves the
 head, so undo is a list of earlier heads, and forks share what they have in common. Nothing here imports torch.
-
-The file holds what people wrote, so it lies in the user's data folder (not in the cache, which may be thrown away),
-with mode 0600.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sqlite3
-import threading
 import time
-import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvembed._errors import ConfigError, StoreError
-from kvembed._paths import make_private_dir, sessions_file
-from kvembed._sessions.messages import MESSAGE_COLUMNS, SESSION_COLUMNS, message_of, session_of
-from kvembed._sessions.schema import connect, migrate
+from kvembed._errors import ConfigError
+from kvembed._sessions.erasing import Erasure, scrub, sweep
+from kvembed._sessions.file import SessionFile
+from kvembed._sessions.messages import LINE, MESSAGE_COLUMNS, SESSION_COLUMNS, line_of, message_of, session_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
+    from kvembed._sessions.erasing import Erased
     from kvembed._sessions.messages import Message, SessionInfo
 
 __all__ = ["SessionDB"]
 
-_LINE = (
-    "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM messages WHERE id = ? UNION ALL "
-    "SELECT m.id, m.parent FROM messages m JOIN line ON m.id = line.parent)"
-)
-"""A message and all before it, the last first."""
 _INFO = f"SELECT {SESSION_COLUMNS} FROM sessions"
 
 
-class SessionDB:
+class SessionDB(SessionFile):
     """The file of all sessions; any number of threads and processes may have it open.
 
     It lists, searches, renames and deletes them without a model, and without loading torch. `CachedModel.session`
@@ -51,52 +39,6 @@ class SessionDB:
     Raises:
         StoreError: It is not a file of sessions, or cannot be opened.
     """
-
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = Path(path).expanduser() if path is not None else sessions_file()
-        self._lock = threading.RLock()
-        self._pid = os.getpid()
-        try:
-            make_private_dir(self.path.parent)
-            # Made here with its mode: SQLite would use the umask.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = connect(self.path)
-            migrate(self._db, self.path)
-            self._db.execute("PRAGMA foreign_keys = ON")
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{self.path} cannot be used for sessions: {error}") from error
-        self._finalizer = weakref.finalize(self, self._db.close)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            if self._pid != os.getpid():  # a fork: SQLite's connections do not survive one
-                self._pid, self._db = os.getpid(), connect(self.path)
-                self._db.execute("PRAGMA foreign_keys = ON")
-            yield self._db
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._finalizer.detach()
-            self._db.close()
-
-    def __enter__(self) -> SessionDB:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     # --- sessions --------------------------------------------------------------------------------------
 
@@ -173,16 +115,12 @@ class SessionDB:
             sql = "SELECT name, head FROM sessions WHERE hidden IS NULL ORDER BY updated DESC"
             found: list[tuple[str, str]] = []
             for name, head in db.execute(sql).fetchall():
-                at = next((i for i in self._line(db, head) if i in hits), None)
+                at = next((i for i in line_of(db, head) if i in hits), None)
                 if at is not None:
                     found.append((name, hits[at]))
                 elif all(word.lower() in name.lower() for word in words.split()):
                     found.append((name, ""))
         return found
-
-    @staticmethod
-    def _line(db: sqlite3.Connection, head: int | None) -> list[int]:
-        return [row[0] for row in db.execute(f"{_LINE} SELECT id FROM line", (head,))]
 
     def fork(self, name: str, new: str) -> SessionInfo:
         """Make a session that goes on from where another one is.
@@ -273,9 +211,10 @@ class SessionDB:
         with self._transaction() as db:
             where, values = ("", ()) if name is None else (" AND name = ?", (name,))
             db.execute(f"DELETE FROM sessions WHERE hidden IS NOT NULL{where}", values)
-            gone = self._sweep(db)
-        self._erase()
-        return gone
+            gone = sweep(db)
+        with self._reading() as db:
+            scrub(db)
+        return len(gone)
 
     def remove(self, name: str) -> int:
         """Erase a session, and the messages no other session has, for good; return how many messages went.
@@ -286,32 +225,24 @@ class SessionDB:
         with self._transaction() as db:
             self._known(db, name)
             db.execute("DELETE FROM sessions WHERE name = ? AND hidden IS NULL", (name,))
-            gone = self._sweep(db)
-        self._erase()
-        return gone
-
-    def _kept(self, db: sqlite3.Connection) -> set[int]:
-        """Return the numbers of all messages that some branch of some session has."""
-        heads = [row[0] for row in db.execute("SELECT head FROM sessions UNION SELECT head FROM moves")]
-        return {number for head in heads for number in self._line(db, head)}
-
-    def _sweep(self, db: sqlite3.Connection) -> int:
-        """Delete the messages that no session has any more."""
-        kept = self._kept(db)
-        all_of_them = [row[0] for row in db.execute("SELECT id FROM messages ORDER BY id DESC")]
-        gone = [number for number in all_of_them if number not in kept]
-        # Children have higher numbers than their parents, and go first.
-        db.executemany("DELETE FROM messages WHERE id = ?", [(number,) for number in gone])
-        db.execute("INSERT INTO found(found) VALUES ('rebuild')")  # an index keeps words it was told to delete
+            gone = sweep(db)
+        with self._reading() as db:
+            scrub(db)
         return len(gone)
 
-    def _erase(self) -> None:
-        """Leave no bytes of what was deleted in the file, where no other process is reading it."""
+    def forget(self, name: str) -> Erased:
+        """Erase a session as `remove` does, and look for what is left of it in every byte of the file and its log.
+
+        Raises:
+            ConfigError: There is none of this name.
+        """
+        erasure = Erasure()
+        with self._transaction() as db:
+            self._known(db, name)
+            erasure.session(db, name, self.heads(name))
         with self._reading() as db:
-            # Deleted rows are zeroed, but pages that SQLite moved them from, and the log, may still have them.
-            for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                with contextlib.suppress(sqlite3.OperationalError):
-                    db.execute(statement).fetchall()
+            scrub(db)
+            return erasure.report(db, self.path)
 
     def heads(self, name: str) -> list[int]:
         """Return the ends of all branches a session is or was on."""
@@ -332,7 +263,7 @@ class SessionDB:
         with self._reading() as db:
             # A parent is always older than its children, so that numbers are in order.
             where = "WHERE id IN (SELECT id FROM line) ORDER BY id"
-            rows = db.execute(f"{_LINE} SELECT {MESSAGE_COLUMNS} FROM messages {where}", (head,)).fetchall()
+            rows = db.execute(f"{LINE} SELECT {MESSAGE_COLUMNS} FROM messages {where}", (head,)).fetchall()
         return [message_of(row) for row in rows]
 
     def add(self, name: str, messages: Sequence[Message], parent: int | None, date: str | None = None) -> int | None:

@@ -8,12 +8,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Sequence
 
-__all__ = ["Message", "MESSAGE_COLUMNS", "message_now", "message_of", "SESSION_COLUMNS", "session_of", "SessionInfo"]
+__all__ = [
+    "LINE",
+    "line_of",
+    "Message",
+    "MESSAGE_COLUMNS",
+    "message_now",
+    "message_of",
+    "SESSION_COLUMNS",
+    "session_of",
+    "SessionInfo",
+]
 
 MESSAGE_COLUMNS = "id, parent, role, content, meta, created, token_ids, text_kept, text_rest, ids_kept, ids_rest"
 SESSION_COLUMNS = "name, system, settings, head, created, updated, template, date, hidden"
+LINE = (
+    "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM messages WHERE id = ? UNION ALL "
+    "SELECT m.id, m.parent FROM messages m JOIN line ON m.id = line.parent)"
+)
+"""A message and all before it, the last first."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,11 @@ def session_of(row: Sequence[Any]) -> SessionInfo:
     return SessionInfo(
         name, system, json.loads(settings), head, created, updated, json.loads(template), date=date, hidden=hidden
     )
+
+
+def line_of(db: sqlite3.Connection, head: int | None) -> list[int]:
+    """Return the numbers of a message and of all before it, the last first."""
+    return [row[0] for row in db.execute(f"{LINE} SELECT id FROM line", (head,))]
 
 
 def message_of(row: Sequence[Any]) -> Message:

@@ -91,6 +91,10 @@ class Renderer:
             self._known = numbers, History(self._tokenizer, stored, self._marks)
         return self._known[1]
 
+    def forget(self) -> None:
+        """Keep no history any longer."""
+        self._known = [], History(self._tokenizer, marks=self._marks)
+
     def render(
         self, branch: Sequence[Message], beginning: Beginning, *, skip_turns: int = 0, to_answer: bool = True
     ) -> str:

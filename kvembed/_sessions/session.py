@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvembed._document import digits_of, keys_of, read_document
-from kvembed._errors import PromptError
+from kvembed._errors import ConfigError, PromptError
+from kvembed._forget import ForgetReport
 from kvembed._keys import as_token_ids
 from kvembed._paths import is_disabled
 from kvembed._progress import StoppedEarly
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from kvembed._forget import ForgetReport
     from kvembed._match import PrefixMatch
+    from kvembed._store_admin import StoreAdmin
 
 __all__ = ["Session"]
 
@@ -358,12 +360,52 @@ class Session(SessionView):
             self._db.set_beginning(self.name, system=self.system, date=clock.now())
         return self.preview("")
 
-    def forget(self) -> ForgetReport:
-        """Erase the KV of this conversation from the store; its words stay until the session is removed.
+    def forget(self, *, words: bool = True) -> ForgetReport:
+        """Erase this conversation for good: its KV, its words on all branches, and the session itself.
 
-        See `CachedModel.forget`.
+        Messages that forks of it have too stay with these, and the report says so; what of their KV went is computed
+        again with their next turn. A pinned document's KV stays: ``store.forget()`` takes its name. The store's
+        folder, and the file of sessions with its log, are scanned afterwards for what was erased. Waits for a reply
+        that is under way in `send`.
+
+        Args:
+            words: False erases the KV only, and the conversation can go on.
+
+        Returns:
+            What was erased, and what the scan found.
+
+        Raises:
+            ConfigError: The session is gone already.
+            StoreReadOnlyError: The store was opened read-only.
         """
-        return self._model.forget(self)
+        with self._talking:
+            cached = self._model.support is None
+            report = self._model.forget(self, words=False) if cached or not words else ForgetReport()
+            if not words:
+                return report
+            with self._lock:
+                gone = self._db.forget(self.name)
+                self._branch = []
+                self._renderer.forget()
+                self.last = None
+        return replace(
+            report,
+            messages=gone.messages,
+            messages_kept=gone.kept,
+            sharers=gone.sharers,
+            scanned=report.scanned + gone.scanned,
+            traces=report.traces + gone.traces,
+        )
+
+    def forget_in(self, store: StoreAdmin) -> ForgetReport:
+        """Erase it as `forget` does; ``KVStore.forget`` calls this.
+
+        Raises:
+            ConfigError: It is a session of another store.
+        """
+        if self._model.store is not store:
+            raise ConfigError(f"session {self.name!r} is kept in another store: call its own forget()")
+        return self.forget()
 
 
 def _without_computation(message: Message) -> Message:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvembed import CachedModel, KVStore, PromptError, StoreReadOnlyError
+from kvembed import CachedModel, ConfigError, KVStore, PromptError, StoreReadOnlyError
 from kvembed._forget import Eraser
 from kvembed._keys import as_token_ids, block_key, root_key, snapshot_key
 from kvembed._testing import FINGERPRINT, block_path, forget_memory, keys_of, put_all, random_block, random_chain
@@ -356,7 +356,9 @@ def test_a_session_with_the_branches_it_left(
         words = [tiny_tokenizer.decode(block.token_ids.tolist()) for block in left]
         assert not any(part in word for word in words for part in ("ships", "dawn", "tomor", "next day"))
         assert cached.lookup(other.streams()[0]).num_tokens == kept
-        assert session.turns[0].user.startswith("How many ships")
+        assert report.messages == 6
+        with pytest.raises(ConfigError, match="no session"):
+            _ = session.turns
 
 
 def test_only_the_own_salt(model: Any, tiny_tokenizer: Any, store: KVStore) -> None:
