@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from kvembed._codec import Codec
     from kvembed._keys import TokenIds
 
-__all__ = ["Found", "Needles", "scan_folder"]
+__all__ = ["database_bytes", "Found", "Needles", "scan_folder"]
 
 _WORD = 8
 _IDS = 32
@@ -192,6 +195,11 @@ def _look(path: Path, needles: Needles, codec: Codec | None) -> tuple[bool, set[
         else:
             source.close()
             return needles.same_tokens(source.token_ids), kinds
+    if path.suffix == ".db" and stat.S_ISREG(path.lstat().st_mode):
+        with contextlib.suppress(sqlite3.DatabaseError):  # not a database, whatever its name says
+            data, whole = database_bytes(path)
+            unused = set[str]() if whole else {"pages that are not in use any more"}
+            return False, kinds | unused | needles.kinds_in(data)
     fd, _ = open_regular(path)
     with os.fdopen(fd, "rb", buffering=0) as file:
         tail = b""
@@ -199,3 +207,20 @@ def _look(path: Path, needles: Needles, codec: Codec | None) -> tuple[bool, set[
             kinds |= needles.kinds_in(tail + part)
             tail = part[-_OVERLAP:]
     return False, kinds
+
+
+def database_bytes(path: Path) -> tuple[bytes, bool]:
+    """Read a SQLite file past its log; it may be open.
+
+    Through SQLite, which shares the descriptors of one file in a process: were it opened and closed beside SQLite,
+    POSIX would drop the locks that all connections of this process have on it.
+
+    Returns:
+        Its bytes, and whether these are all: not while a shorter file waits in the log to take its place.
+
+    Raises:
+        sqlite3.DatabaseError: It is not a database.
+    """
+    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as raw:
+        data = raw.serialize()
+    return data, len(data) == path.stat().st_size

@@ -14,7 +14,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvembed._residue import Needles
+from kvembed._residue import Needles, database_bytes
 from kvembed._sessions.messages import line_of
 
 if TYPE_CHECKING:
@@ -137,9 +137,8 @@ class Erasure:
         for data in _stored(db):
             self._needles.discard(self._needles.strings_in(data))
         scanned, traces = 0, list[str]()
-        for file, data in _bytes_of(path):
+        for file, kinds in _kinds_of(path, self._needles):
             scanned += 1
-            kinds = {"cannot be read"} if data is None else self._needles.kinds_in(data)
             if kinds:
                 traces.append(f"{file.name}: {', '.join(sorted(kinds))}")
         return Erased(self._messages, self._kept, self._sharers, scanned, tuple(traces))
@@ -176,12 +175,9 @@ def _stored(db: sqlite3.Connection) -> Iterator[bytes]:
             yield b"\0".join([text.encode(), " ".join(_words(text)).encode(), *blobs])
 
 
-def _bytes_of(path: Path) -> Iterator[tuple[Path, bytes | None]]:
-    # Through SQLite, past the log: were the file opened and closed beside it, POSIX would drop the locks that all of
-    # this process's connections have on it.
-    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)) as raw:
-        data = raw.serialize()
-    yield path, data if len(data) == path.stat().st_size else None
+def _kinds_of(path: Path, needles: Needles) -> Iterator[tuple[Path, set[str]]]:
+    data, whole = database_bytes(path)
+    yield path, needles.kinds_in(data) | (set() if whole else {"pages that are not in use any more"})
     log = path.with_name(f"{path.name}-wal")  # SQLite locks none of its bytes
     with contextlib.suppress(FileNotFoundError):
-        yield log, log.read_bytes()
+        yield log, needles.kinds_in(log.read_bytes())

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from kvembed import CachedModel, ConfigError, KVStore, PromptError, StoreReadOnlyError
+from kvembed import CachedModel, ConfigError, KVStore, PromptError, SessionDB, StoreReadOnlyError
 from kvembed._forget import Eraser
 from kvembed._keys import as_token_ids, block_key, root_key, snapshot_key
+from kvembed._rebuild import CATALOG_NAME
 from kvembed._testing import FINGERPRINT, block_path, forget_memory, keys_of, put_all, random_block, random_chain
 
 if TYPE_CHECKING:
@@ -359,6 +362,39 @@ def test_a_session_with_the_branches_it_left(
         assert report.messages == 6
         with pytest.raises(ConfigError, match="no session"):
             _ = session.turns
+
+
+LOCK = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+    except OSError:
+        print("held")
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX locks")
+def test_the_scan_leaves_the_locks_of_open_databases(
+    model: Any, tiny_tokenizer: Any, store: KVStore, tmp_path: Path
+) -> None:
+    # SQLite holds this range in its shared mode. Without it another process takes itself for the last user, and
+    # deletes the log.
+    def held(path: Path) -> bool:
+        done = subprocess.run([sys.executable, "-c", LOCK, path], capture_output=True, text=True, check=True)
+        return done.stdout == "held\n"
+
+    cached = wrap(model, store, tiny_tokenizer)
+    with SessionDB(tmp_path / "sessions.db") as db:
+        files = [db.path, tmp_path / "store" / CATALOG_NAME]
+        with SessionDB(db.path):  # a second one, which is opened and closed
+            session = cached.session("one", db=db)
+            session.send(TEXT, max_new_tokens=3)
+        store.flush()
+        assert [held(path) for path in files] == [True, True]
+        assert session.forget().ok
+        assert [held(path) for path in files] == [True, True]
 
 
 def test_only_the_own_salt(model: Any, tiny_tokenizer: Any, store: KVStore) -> None:
