@@ -105,26 +105,6 @@ class Session(SessionView):
         """Like `edit`, piece by piece."""
         return self._stream(self._edited(turn, text), max_new_tokens, kwargs)
 
-    def _said(self, text: str) -> list[Message]:
-        if not text.strip():
-            raise PromptError("there is nothing to send: the text is empty")
-        return self._with(text, None)
-
-    def _edited(self, turn: int, text: str) -> list[Message]:
-        if not text.strip():
-            raise PromptError("there is nothing to send: the text is empty")
-        return self._with(text, turn)
-
-    def _before_reply(self) -> list[Message]:
-        with self._lock:
-            self._load()
-            end = len(self._branch)
-            while end and self._branch[end - 1].role != "user":
-                end -= 1
-            if not end:
-                raise PromptError("there is nothing to answer yet: send something first")
-            return self._branch[:end]
-
     def _answer(self, branch: list[Message], max_new_tokens: int | None, kwargs: dict[str, Any]) -> Reply:
         with self._talking:
             options = self._options(max_new_tokens, kwargs)

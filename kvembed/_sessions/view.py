@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
-from kvembed._errors import ConfigError
+from kvembed._errors import ConfigError, PromptError
 from kvembed._sessions.db import SessionDB
 from kvembed._sessions.losses import explained, loss_of
 from kvembed._sessions.messages import Message, message_now
@@ -78,6 +78,26 @@ class SessionView:
     def date(self) -> str | None:
         """The time the chat template is told that it is, ``"2026-11-24T20:38:07"``; see `refresh_date`."""
         return self._info.date
+
+    def _said(self, text: str) -> list[Message]:
+        if not text.strip():
+            raise PromptError("there is nothing to send: the text is empty")
+        return self._with(text, None)
+
+    def _edited(self, turn: int, text: str) -> list[Message]:
+        if not text.strip():
+            raise PromptError("there is nothing to send: the text is empty")
+        return self._with(text, turn)
+
+    def _before_reply(self) -> list[Message]:
+        with self._lock:
+            self._load()
+            end = len(self._branch)
+            while end and self._branch[end - 1].role != "user":
+                end -= 1
+            if not end:
+                raise PromptError("there is nothing to answer yet: send something first")
+            return self._branch[:end]
 
     def _with(self, text: str, turn: int | None) -> list[Message]:
         """Return the branch with new words at its end, or in place of a turn and all after it."""
