@@ -8,6 +8,9 @@ template still renders the same is taken over as ids, and only the text after it
 A reply counts as unchanged also where the template only changes white space around it: its ids are what the model
 wrote. Where a template renders no anchor again as it did (what it puts before a reply may be another thing in a prompt
 than in the history), the longest common part is cut at the last special token in it.
+
+What another tokenizer made, when the conversation was with another model, is no anchor, however alike the text: its ids
+are other words to this one.
 """
 
 from __future__ import annotations
@@ -47,12 +50,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Anchor:
-    """What was computed up to one reply: the prompt before it, and the reply itself."""
+    """What was computed up to one reply: the prompt before it, the reply itself, and whether by this tokenizer."""
 
     text: str
     ids: TokenIds
     content: str
     reply: TokenIds
+    own: bool
 
 
 class History:
@@ -77,16 +81,20 @@ class History:
             rest = np.frombuffer(message.ids_rest, dtype="<i4")
             stream = as_token_ids(np.concatenate([self._stream[: message.ids_kept], rest]))
             reply = as_token_ids(np.frombuffer(message.token_ids, dtype="<i4"))
-            self._append(text, stream, message.content if message.role == "assistant" else "", reply)
-
-    def _append(self, text: str, stream: TokenIds, content: str, reply: TokenIds) -> None:
-        self._anchors.append(_Anchor(text, stream[: len(stream) - len(reply)], content, reply))
-        self._text, self._stream = text, stream
+            content = message.content if message.role == "assistant" else ""
+            own = message.meta.get("tokenizer") == self._marks.digest
+            self._anchors.append(_Anchor(text, stream[: len(stream) - len(reply)], content, reply, own))
+            self._text, self._stream = text, stream
 
     @property
     def stream(self) -> TokenIds:
         """Ids up to the last reply or document, it included: what was computed last."""
         return self._stream
+
+    @property
+    def foreign(self) -> bool:
+        """Whether what was computed last was made with another tokenizer."""
+        return bool(self._anchors) and not self._anchors[-1].own
 
     @property
     def said(self) -> str:
@@ -108,6 +116,8 @@ class History:
         """Return the ids of a rendered conversation, with as many known ones as its text still allows."""
         best_end, best_ids = 0, as_token_ids([])
         for anchor in self._anchors:
+            if not anchor.own:
+                continue
             if text.startswith(anchor.text):
                 end, ids = len(anchor.text), anchor.ids
                 spliced = self._spliced(text[end:], anchor)
@@ -174,6 +184,7 @@ class History:
         ids_kept = common_prefix(self._stream, stream)
         return replace(
             message,
+            meta={**message.meta, "tokenizer": self._marks.digest},
             token_ids=reply.tobytes(),
             text_kept=text_kept,
             text_rest=prompt.text[text_kept:],

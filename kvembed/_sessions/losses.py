@@ -48,6 +48,9 @@ class Loss:
 def loss_of(prepared: Prepared) -> Loss | None:
     """Return why a prompt does not go on from all that was computed before; None when it does."""
     stream, ids = prepared.history.stream, prepared.prompt.ids
+    if prepared.history.foreign:
+        cause = "what was said before was computed by a model with another tokenizer"
+        return Loss("retokenized", cause, prepared.prompt.anchor_tokens, len(stream))
     shared = common_prefix(stream, ids)
     lost = len(stream) - shared
     if prepared.dropped and (lost or not len(stream)):

@@ -1,21 +1,37 @@
 """`Marks`: the special tokens of a tokenizer, at which a text can be cut without changing any token of it.
 
-Tokenizers first cut a text at its special tokens, and then tokenise each piece by itself.
+Tokenizers first cut a text at its special tokens, and then tokenise each piece by itself. `tokenizer_digest` tells
+tokenizers apart: the ids of one mean nothing to another.
 """
 
 from __future__ import annotations
 
+import json
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 if TYPE_CHECKING:
     from kvembed._keys import TokenIds
 
-__all__ = ["Marks"]
+__all__ = ["Marks", "tokenizer_digest"]
 
 _WINDOW = 4096
 """Characters in which the last mark is looked for: templates have some around every message."""
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a hex digest of all that decides which ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for name in ("truncation", "padding"):  # of the last call
+            content.pop(name, None)
+    else:
+        content = {"class": type(tokenizer).__qualname__, "vocab": tokenizer.get_vocab()}
+    return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest(16)
 
 
 class Marks:
@@ -29,6 +45,7 @@ class Marks:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
         self.special_ids = frozenset(tokenizer.all_special_ids)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         plain = {
@@ -42,6 +59,11 @@ class Marks:
             for text, number in plain.items()
             if not any(text != other.content and text in other.content for other in added.values())
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """The tokenizer's `tokenizer_digest`."""
+        return tokenizer_digest(self._tokenizer)
 
     def last_before(self, text: str, end: int) -> int:
         """Return where the last mark before a character begins; 0 when there is none nearby."""
