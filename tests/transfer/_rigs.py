@@ -34,11 +34,13 @@ class Rig:
         engine: The engine; its staging is small, so that it is used up soon.
         compute: Queues a function on the device, as a forward queues kernels.
         device: Where the device's tensors are made.
+        allocated: Says how much host memory was allocated for staging, where that can be told.
     """
 
     engine: TransferEngine
     compute: Callable[[Callable[[], object]], object]
     device: torch.device = CPU
+    allocated: Callable[[], int] | None = None
 
     def rows(self, heads: int, capacity: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return device rows as a cache layer has them, all zero."""
@@ -72,7 +74,7 @@ def plain() -> Rig:
 
 def fake(order: str, seed: int = 0) -> Rig:
     streams = FakeStreams(order, seed)
-    return Rig(TorchTransfer(CPU, streams, STAGING), streams.compute)
+    return Rig(TorchTransfer(CPU, streams, STAGING), streams.compute, allocated=lambda: streams.allocated)
 
 
 def gpu() -> Rig:

@@ -112,9 +112,8 @@ def test_staging_is_reused_and_bounded(rig: Rig) -> None:
         rig.fill(noise(2, n, 64, seed), target).wait_compute()
     for seed, target in enumerate(rows):
         assert np.array_equal(as_bytes(rig.read(target)), noise(2, n, 64, seed))
-    streams = getattr(rig.engine, "_streams", None)
-    if hasattr(streams, "allocated"):
-        assert streams.allocated == STAGING
+    if rig.allocated is not None:
+        assert rig.allocated() == STAGING
     assert rig.engine.is_pinned(rig.engine.staging(10).array)
 
 
