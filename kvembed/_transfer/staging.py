@@ -56,7 +56,8 @@ class StagingPool:
         self._allocate = allocate
         self._max_bytes = max_bytes
         self._most = slots
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.RLock()  # what the condition is entered by: see `kvembed._connections`
+        self._changed = threading.Condition(self._lock)
         self._arena: np.ndarray | None = None
         self._slot_nbytes = 0
         self._slots = 0
@@ -82,7 +83,7 @@ class StagingPool:
         """Allocate; nothing to do when the buffers are large enough. Waits until none is in use."""
         while True:
             self.drain()
-            with self._changed:
+            with self._lock:
                 if slot_nbytes <= self._slot_nbytes:
                     return
                 if len(self._free) == self._slots:
@@ -105,7 +106,7 @@ class StagingPool:
         if nbytes > self._slot_nbytes:
             self.prepare(nbytes)
         while True:
-            with self._changed:
+            with self._lock:
                 if self._free:
                     return Staging(self, self._free.pop(), nbytes)
                 if not self._draining:
@@ -128,7 +129,7 @@ class StagingPool:
     def drain(self) -> None:
         """Wait for all transfers from the buffers that were handed over."""
         while True:
-            with self._changed:
+            with self._lock:
                 if not self._draining:
                     return
                 slot, ticket = self._draining.popleft()
@@ -140,19 +141,19 @@ class StagingPool:
     def close(self) -> None:
         """Give the memory back once nothing uses it; a later `take` allocates anew."""
         self.drain()
-        with self._changed:
+        with self._lock:
             self._arena, self._free = None, []
             self._slot_nbytes = self._slots = 0
             self._changed.notify_all()
 
     def _give_back(self, slot: np.ndarray) -> None:
-        with self._changed:
+        with self._lock:
             # Not of an arena that was given up meanwhile.
             if self._arena is not None and self.contains(slot):
                 self._free.append(slot)
                 self._changed.notify()
 
     def _give_back_after(self, slot: np.ndarray, ticket: Ticket) -> None:
-        with self._changed:
+        with self._lock:
             self._draining.append((slot, ticket))
             self._changed.notify()
