@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 READY := .venv/.ready
 TOOLS := .venv/.ready-tools
 
@@ -12,7 +13,7 @@ export PIP_NO_INPUT := 1
 
 help:
 	@echo "make demo    a real model answers questions about a long document: cold, warm, and in a new process"
-	@echo "make test    lint, type check and tests, some with the oldest transformers that is supported"
+	@echo "make test    lint, type check and tests in two processes (WORKERS=N), some with the oldest transformers"
 	@echo "make test-oldest  more tests with that one; VERSION=5.21.0 for another"
 	@echo "make lint    ruff and pyright only"
 	@echo "make format  format the sources"
@@ -33,9 +34,11 @@ $(TOOLS): $(READY)
 demo: $(READY)
 	$(BIN)/kvembed demo $(ARGS)
 
+# Two processes of one thread each: threads of several processes that wait for each other on two cores spin, and cost
+# more than they bring. Some tests with real models take all cores nevertheless. WORKERS=0 is one process.
 # Ends with the oldest transformers, unless only some tests are asked for.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 	$(if $(ARGS),,env -u VERSION BIN=$(BIN) .ci/versions quick)
 
 test-oldest: $(TOOLS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["PAGE", "FamilyResult", "MediaResult", "ModeResult", "Record", "render"]
+__all__ = ["PAGE", "FamilyResult", "MediaResult", "ModeResult", "Record", "missing_rows", "render"]
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "support-matrix.md"
 
@@ -163,3 +163,14 @@ def render(record: Record, transformers_version: str) -> str:
             *_table(record.real_modes),
         ]
     return "\n".join(lines) + "\n"
+
+
+def missing_rows(record: Record, page: str) -> list[str]:
+    """Return the rows of this run that the page has not; rows that a run of single tests left gaps in do not count."""
+    rows = [family_row(r) for r in record.families.values() if r.reason or (r.text and r.bits)]
+    rows += [media_row(r) for r in record.media.values() if r.reason or r.served]
+    lines = page.splitlines()
+    heads = [line.strip("| ").split(" | ")[1:] for line in lines if line.startswith("| mode | ")]
+    for kinds, modes in zip(heads, (record.modes, record.real_modes), strict=False):
+        rows += [mode_row(mode, kinds) for mode in modes.values() if set(mode.outcomes) == set(kinds)]
+    return [row for row in rows if row not in lines]

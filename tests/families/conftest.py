@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ._record import PAGE, Record, render
+from ._record import PAGE, Record, missing_rows, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,12 +18,19 @@ _RECORD = pytest.StashKey[Record]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RECORD] = Record()
+    if config.getoption("--support-matrix") == "write" and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--support-matrix=write needs all results in one process: leave out -n")
 
 
-@pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest) -> Record:
-    """Results of this run."""
-    return request.config.stash[_RECORD]
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[Record]:
+    """Results of this run; after each file the committed page must have the rows that the run has whole."""
+    found = request.config.stash[_RECORD]
+    yield found
+    page = PAGE.read_text(encoding="utf-8")
+    # A page of another version of transformers has other reasons in it.
+    if request.config.getoption("--support-matrix") == "check" and f"transformers {version('transformers')}." in page:
+        assert missing_rows(found, page) == []
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +42,4 @@ def _quiet() -> Iterator[None]:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.getoption("--support-matrix") == "write" and exitstatus == 0:
-        import transformers
-
-        PAGE.write_text(render(session.config.stash[_RECORD], transformers.__version__), encoding="utf-8")
+        PAGE.write_text(render(session.config.stash[_RECORD], version("transformers")), encoding="utf-8")
