@@ -27,6 +27,7 @@ from kvembed._prefill import Prefill
 from kvembed._restore import Piece, Restore
 from kvembed._states import Snapshots
 from kvembed._stats import TierStats
+from kvembed._transfer import Transfers
 from kvembed._tree import LiveTokens
 from kvembed._wrapped import WrappedModel
 
@@ -64,6 +65,7 @@ class Engine:
         self._owner = f"live-{id(self):x}"
         self.live = LivePool(max_live, self._live_budget())
         self._pool = HostPool(self.live.max_bytes if max_live and self._on_host else 0)
+        self.transfers = Transfers()
         self.wrapped = WrappedModel(model, store, block_size)
         self.speeds = Speeds(store)
         self._adopt()
@@ -81,6 +83,9 @@ class Engine:
         fingerprint = self.wrapped.fingerprint
         self.root = root_key(fingerprint.digest, self.salt) if fingerprint is not None else b""
         if self.refusal is None:
+            # Staging for one layer of one block, now and not in a call.
+            for _, rows in self.spec.rows():
+                self.transfers.of(rows.device).prepare(self.block_size * rows.token_nbytes)
             self._prepare_memory()
 
     @property
@@ -182,11 +187,11 @@ class Engine:
         if not pieces:
             return sequence, None, tiers
         if front:
-            restore = Restore(sequence.cache, pieces, self.block_size, behind=True)
+            restore = Restore(sequence.cache, pieces, self.block_size, self.transfers, behind=True)
             restore.start()
             return sequence, restore, stored_tiers
         exact_before = sequence.exact == match.live_tokens
-        restore = Restore(sequence.cache, pieces, self.block_size)
+        restore = Restore(sequence.cache, pieces, self.block_size, self.transfers)
         length = restore.length
         sequence.ids = ids[:length]
         full = length // self.block_size
@@ -409,6 +414,7 @@ class Engine:
     def close(self) -> None:
         """Release the live sequences and their memory."""
         self.live.clear()
+        self.transfers.close()
         self._pool.limit(0)
         if not self.store.closed:
             self.store.reserve(self._owner, 0)

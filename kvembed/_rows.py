@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from kvembed._tiers._base import BlockSource
 
 __all__ = ["Gate", "Rows", "as_bytes"]
@@ -111,7 +112,7 @@ class Rows:
         return self._k[:, :, a:b], self._v[:, :, a:b]
 
     def load_rows(self, source: BlockSource, spec_index: int, start: int, end: int, skip: int) -> None:
-        """Fill rows of tokens ``start..end`` from a block.
+        """Fill rows of tokens ``start..end`` from a block; only on the CPU.
 
         Args:
             source: The block.
@@ -121,11 +122,6 @@ class Rows:
             skip: Tokens of the block before ``start``.
         """
         a, b = start - self.first, end - self.first
-        if self._k8 is not None and self._v8 is not None:
-            source.read_into(spec_index, [self._k8[:, a:b], self._v8[:, a:b]], skip)
-            return
-        targets = [self._k[0, :, a:b], self._v[0, :, a:b]]
-        staging = [np.empty((t.shape[0], b - a, t.shape[2] * t.element_size()), dtype=np.uint8) for t in targets]
-        source.read_into(spec_index, staging, skip)
-        for target, rows in zip(targets, staging, strict=True):
-            target.copy_(torch.from_numpy(rows).view(target.dtype))
+        assert self._k8 is not None
+        assert self._v8 is not None
+        source.read_into(spec_index, [self._k8[:, a:b], self._v8[:, a:b]], skip)

@@ -62,13 +62,18 @@ class Stages:
             run: Makes one attempt; given True, one that must restore nothing.
             before_another: Called before every attempt but the first.
         """
+        cold = False
         for number in range(_ATTEMPTS):
             if number and before_another is not None:
                 before_another()
             try:
-                return run(number == _ATTEMPTS - 1)
+                return run(cold or number == _ATTEMPTS - 1)
             except RestoreError as error:
-                self._store.discard(error.key, error.reason)
+                if error.key is not None:
+                    self._store.discard(error.key, error.reason)
+                else:
+                    self._store.report_problem("transfer", f"blocks could not be copied to the model: {error.reason}")
+                    cold = True
         raise AssertionError("a cold attempt restores nothing")  # pragma: no cover
 
     @contextlib.contextmanager
@@ -171,6 +176,9 @@ class Stages:
         sequence, restore, watch, result = attempt.sequence, attempt.restore, attempt.watch, attempt.result
         if restore is not None:
             restore.cancel()
+            if not restore.complete and not attempt.front:
+                sequence.ids = sequence.ids[:0]  # broken off while rows were still being read
+                return
         if not len(sequence.ids) and result is None and watch.last is None:
             return
         seen, fed = attempt.ids, attempt.fed

@@ -416,6 +416,10 @@ class KVStore(StoreAdmin):
         if self._cpu is not None:
             self._cpu.reserve(owner, nbytes)
 
+    def report_problem(self, kind: str, message: str) -> None:
+        """Note something that the user should be told once; see `take_problems`."""
+        self._problems.report(kind, message)
+
     def take_problems(self) -> list[str]:
         """Return what went wrong since the last call, each kind of problem once; also after `close`."""
         self._check_fork()

@@ -67,6 +67,8 @@ class Ticket(Protocol):
 class TransferEngine(Protocol):
     """Moves strips to and from one device. All methods may be called from several threads.
 
+    Copies in one direction are done in the order in which they were issued: who waits for the last waits for all.
+
     Attributes:
         name: What `kvembed doctor` calls it.
         device: The device.
