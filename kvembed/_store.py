@@ -56,7 +56,7 @@ class KVStore(StoreAdmin):
             everything in memory.
         max_write_bytes_per_day: Most that is written to disk in a day, by all processes; as above, percentages are
             of the disk's size. ``"auto"`` is a tenth of it, 8 to 200 GiB. None for no limit. What is pinned is written
-            all the same; see ``docs/budgets.md``.
+            all the same; see ``docs/howto/budgets.md``.
         max_namespace_bytes: Most that the blocks of one model take on disk: one size for all, or sizes by the
             model's name or its fingerprint's first digits, ``"*"`` for the others; percentages are of the disk budget.
         write_policy: What is written to disk: ``"always"`` everything; ``"worth"`` what takes longer to compute than
@@ -67,7 +67,7 @@ class KVStore(StoreAdmin):
         key: Encrypts what is on disk (``pip install 'kvembed[encryption]'``): 32 bytes, a function that returns them,
             ``"env"`` for the variable ``KVEMBED_KEY``, or ``"keyring"`` (``"keyring:name"``) for the keyring of the
             operating system. A new or empty folder becomes an encrypted store, which is opened with the same key from
-            then on; None takes ``KVEMBED_KEY`` for one that is encrypted. See ``docs/encryption.md``.
+            then on; None takes ``KVEMBED_KEY`` for one that is encrypted. See ``docs/howto/encryption.md``.
         read_only: True never writes to the folder. None finds out: a store in a folder that cannot be
             written is opened read-only, with a `StoreWarning`.
 

@@ -29,7 +29,7 @@ class ModelFactory(Protocol):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--support-matrix", choices=["check", "write"], default="check", help="write docs/support-matrix.md anew"
+        "--support-matrix", choices=["check", "write"], default="check", help="write the support matrix anew"
     )
 
 

@@ -100,7 +100,7 @@ def test_the_design_page_names_every_module_and_no_other() -> None:
 
 
 def test_the_snippet_of_the_budgets_page_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "howto" / "budgets.md").read_text(encoding="utf-8")
     (code,) = [code for language, code in fences(page) if language == "python"]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -111,7 +111,7 @@ def test_the_snippet_of_the_budgets_page_runs(tmp_path: Path) -> None:
 
 
 def test_the_budgets_page_names_every_option_of_the_store_that_bounds_it() -> None:
-    page = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "howto" / "budgets.md").read_text(encoding="utf-8")
     import inspect
 
     options = set(inspect.signature(kvembed.KVStore.__init__).parameters) - {

@@ -44,7 +44,7 @@ def test_a_turn_that_came_from_everywhere() -> None:
 
 
 def test_the_page_shows_what_the_app_shows() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "howto" / "chat.md").read_text(encoding="utf-8")
     usage = replace(MIXED, cached_tokens_by_tier={"live": 2102, "cpu": 2816, "disk": 9216})
     assert "```\n" + "\n".join(plain(usage, 80)) + "\n```" in page
     narrow = Usage(prompt_tokens=14_336, cached_tokens_by_tier={"disk": 14_134}, ttft_s=0.61)

@@ -1,4 +1,4 @@
-"""What the tests of this folder found out, family by family and mode by mode, for ``docs/support-matrix.md``."""
+"""What the tests of this folder found out, family by family and mode by mode, for the page of the support matrix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["PAGE", "FamilyResult", "MediaResult", "ModeResult", "Record", "missing_rows", "render"]
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "support-matrix.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "support-matrix.md"
 
 _HEAD = """# Support matrix
 

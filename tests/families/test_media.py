@@ -545,7 +545,7 @@ def test_what_one_kind_of_call_shows_is_not_taken_for_another(tmp_path: Path) ->
 
 
 def test_the_snippet_of_the_docs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "media.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "howto" / "media.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     model = seeing("qwen2_5_vl")
     inputs = prompt("qwen2_5_vl", model.config, [1])

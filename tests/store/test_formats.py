@@ -1,4 +1,4 @@
-"""Stores written by every earlier format open, and another program can read what `docs/file-format.md` describes."""
+"""Stores written by every earlier format open, and another program can read what the page of the format describes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvembed._schema import SCHEMA_VERSION
 from kvembed._testing import FINGERPRINT, block_path, keys_of, put_all, random_block, random_chain
 
 FIXTURES = sorted(path for path in (Path(__file__).parent / "fixtures").iterdir() if "-catalog" in path.name)
-DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "file-format.md"
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "explanation" / "file-format.md"
 
 
 def versions(fixture: Path) -> tuple[str, int, int]:
