@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvembed._progress import Progress
     from kvembed._score import Score
     from kvembed._sessions.db import SessionDB
+    from kvembed._sessions.marks import Marks
     from kvembed._sessions.session import Session
     from kvembed._store import KVStore
 
@@ -109,6 +110,7 @@ class CachedModel(ModelView):
             compiled_from(model), store, block_size=block_size, cache_salt=cache_salt, max_live=max_live
         )
         self._runner = Runner(self._engine, audit)
+        self._marks: Marks | None = None
 
     @classmethod
     def from_pretrained(

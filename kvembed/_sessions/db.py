@@ -276,7 +276,7 @@ class SessionDB(SessionFile):
             for message in messages:
                 cursor = db.execute(
                     "INSERT INTO messages (parent, role, content, meta, created, token_ids, text_kept, text_rest, "
-                    "ids_kept, ids_rest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "ids_kept, ids_rest, tokenizer) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         head,
                         message.role,
@@ -288,6 +288,7 @@ class SessionDB(SessionFile):
                         message.text_rest,
                         message.ids_kept,
                         message.ids_rest or None,
+                        message.tokenizer,
                     ),
                 )
                 head = cursor.lastrowid

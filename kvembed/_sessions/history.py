@@ -82,7 +82,7 @@ class History:
             stream = as_token_ids(np.concatenate([self._stream[: message.ids_kept], rest]))
             reply = as_token_ids(np.frombuffer(message.token_ids, dtype="<i4"))
             content = message.content if message.role == "assistant" else ""
-            own = message.meta.get("tokenizer") == self._marks.digest
+            own = message.tokenizer == self._marks.digest
             self._anchors.append(_Anchor(text, stream[: len(stream) - len(reply)], content, reply, own))
             self._text, self._stream = text, stream
 
@@ -184,12 +184,12 @@ class History:
         ids_kept = common_prefix(self._stream, stream)
         return replace(
             message,
-            meta={**message.meta, "tokenizer": self._marks.digest},
             token_ids=reply.tobytes(),
             text_kept=text_kept,
             text_rest=prompt.text[text_kept:],
             ids_kept=ids_kept,
             ids_rest=stream[ids_kept:].tobytes(),
+            tokenizer=self._marks.digest,
         )
 
 

@@ -23,7 +23,9 @@ __all__ = [
     "SessionInfo",
 ]
 
-MESSAGE_COLUMNS = "id, parent, role, content, meta, created, token_ids, text_kept, text_rest, ids_kept, ids_rest"
+MESSAGE_COLUMNS = (
+    "id, parent, role, content, meta, created, token_ids, text_kept, text_rest, ids_kept, ids_rest, tokenizer"
+)
 SESSION_COLUMNS = "name, system, settings, head, created, updated, template, date, hidden"
 LINE = (
     "WITH RECURSIVE line(id, parent) AS (SELECT id, parent FROM messages WHERE id = ? UNION ALL "
@@ -48,6 +50,7 @@ class Message:
         text_rest: ... and the characters after them.
         ids_kept: The same in tokens of the whole stream (that prompt and its reply) ...
         ids_rest: ... and the int32 bytes of the ids after them.
+        tokenizer: Digest of the tokenizer that made them.
     """
 
     id: int
@@ -61,6 +64,7 @@ class Message:
     text_rest: str = ""
     ids_kept: int = 0
     ids_rest: bytes = b""
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def line_of(db: sqlite3.Connection, head: int | None) -> list[int]:
 
 def message_of(row: Sequence[Any]) -> Message:
     """Return a row of `MESSAGE_COLUMNS`."""
-    kept = (row[5], row[6] or b"", row[7], row[8], row[9], row[10] or b"")
+    kept = (row[5], row[6] or b"", row[7], row[8], row[9], row[10] or b"", row[11])
     return Message(row[0], row[1], row[2], row[3], json.loads(row[4]), *kept)
 
 

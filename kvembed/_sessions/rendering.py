@@ -11,12 +11,12 @@ from kvembed._prompt import MARK, context_length, split_at_mark
 from kvembed._sessions import clock
 from kvembed._sessions.clock import at_fixed_time
 from kvembed._sessions.history import History, Prompt, messages_of
-from kvembed._sessions.marks import Marks
 from kvembed._sessions.messages import Message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvembed._sessions.marks import Marks
     from kvembed._sessions.messages import SessionInfo
 
 __all__ = ["Beginning", "dropped_of", "Prepared", "Renderer"]
@@ -75,12 +75,13 @@ class Renderer:
     Args:
         tokenizer: Its tokenizer, with a chat template.
         hf_model: The transformers model.
+        marks: The tokenizer's special tokens.
     """
 
-    def __init__(self, tokenizer: Any, hf_model: Any) -> None:
+    def __init__(self, tokenizer: Any, hf_model: Any, marks: Marks) -> None:
         self._tokenizer = tokenizer
         self._model = hf_model
-        self._marks = Marks(tokenizer)
+        self._marks = marks
         self._known: tuple[list[int], History] = [], History(tokenizer, marks=self._marks)
 
     def history(self, branch: Sequence[Message]) -> History:

@@ -74,7 +74,13 @@ ALTER TABLE moves ADD COLUMN system TEXT;
 ALTER TABLE moves ADD COLUMN date TEXT;
 UPDATE moves SET system = (SELECT system FROM sessions WHERE sessions.id = moves.session);
 """
-_MIGRATIONS = (_V1, _V2)
+_V3 = """
+-- Which tokenizer made the ids of a message: beside its cost until now, where it was shown and exported.
+ALTER TABLE messages ADD COLUMN tokenizer TEXT NOT NULL DEFAULT '';
+UPDATE messages SET tokenizer = coalesce(json_extract(meta, '$.tokenizer'), ''),
+    meta = json_remove(meta, '$.tokenizer');
+"""
+_MIGRATIONS = (_V1, _V2, _V3)
 
 
 def connect(path: Path) -> sqlite3.Connection:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from kvembed._errors import ConfigError, PromptError
 from kvembed._sessions.db import SessionDB
 from kvembed._sessions.losses import explained, loss_of
+from kvembed._sessions.marks import marks_of
 from kvembed._sessions.messages import Message, message_now
 from kvembed._sessions.rendering import Beginning, Prepared, Renderer
 from kvembed._sessions.replies import Reply, Turn, exported, turns_of
@@ -47,7 +48,7 @@ class SessionView:
         self._talking = threading.RLock()  # as long as a reply: one after another
         self._cancel = threading.Event()  # of the reply that is under way
         self.when_full = when_full
-        self._renderer = Renderer(model.tokenizer, model.hf_model)
+        self._renderer = Renderer(model.tokenizer, model.hf_model, marks_of(model))
         self._info: SessionInfo = self._db.open(name, system, settings, template_kwargs)
         self._branch: list[Message] = []
         self.last: Reply | None = None

@@ -66,6 +66,8 @@ _MISTRAL = {
     "special": ("[INST]", "[/INST]"),
 }
 FAMILIES = (
+    Family("smollm2", "smollm2", "tiny_llama", "<|im_start|>", "<|im_end|>"),
+    Family("smollm2-no-system", "smollm2", "tiny_llama", "<|im_start|>", "<|im_end|>", system=None),
     Family("qwen3", **_QWEN, thinks="<think>\n"),
     Family("qwen3-not-thinking", **_QWEN, arguments={"enable_thinking": False}),
     Family(

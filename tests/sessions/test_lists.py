@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from kvembed import CachedModel, ConfigError, SessionDB
+from kvembed._schema import statements
 from kvembed._sessions import schema
 
 if TYPE_CHECKING:
@@ -151,6 +153,24 @@ def test_preview_never_waits_for_a_reply(model: CachedModel) -> None:
     assert found is not None
     assert found.num_tokens > 0
     assert session.preview("", turn=1).num_tokens > 0
+
+
+def test_a_file_of_the_second_version(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    old = sqlite3.connect(path)
+    for script in (schema._V1, schema._V2):
+        for statement in statements(script):
+            old.execute(statement)
+    old.execute("PRAGMA user_version = 2")
+    for role, meta in (("user", {}), ("assistant", {"tokenizer": "ab12", "finished": "end"})):
+        values = (role, "Hello", json.dumps(meta), 1.0)
+        old.execute("INSERT INTO messages (role, content, meta, created) VALUES (?, ?, ?, ?)", values)
+    old.execute("UPDATE messages SET parent = 1 WHERE id = 2")
+    old.commit()
+    old.close()
+    with SessionDB(path) as db:
+        found = [(message.tokenizer, message.meta) for message in db.branch(2)]
+    assert found == [("", {}), ("ab12", {"finished": "end"})]
 
 
 def test_a_file_of_the_first_version(tmp_path: Path) -> None:

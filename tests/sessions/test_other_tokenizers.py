@@ -56,6 +56,7 @@ def test_ids_of_another_tokenizer_are_never_taken_over(
         assert reply.token_ids.tolist() == plain(switched, reply, 9)
         assert reply.loss is not None
         assert "another tokenizer" in reply.loss
+        assert tokenizer_digest(other_tokenizer) not in session.export("json")
         # From there on it is its own conversation.
         again = session.send("Four?", max_new_tokens=9)
         assert again.usage.cached_tokens >= len(reply.prompt_ids)

@@ -28,9 +28,21 @@ def _is_plain(model: Any, reply: Reply) -> bool:
     return plain[0, ids.shape[1] :].tolist() == reply.token_ids.tolist()
 
 
+def _choices(model: Any, reply: Reply) -> list[int]:
+    """Return the token that plain transformers, given the prompt and the reply so far, finds likeliest at each place.
+
+    One forward: greedy generation over the same ids says the same, but computes the conversation for every turn.
+    """
+    ids = torch.from_numpy(np.concatenate([reply.prompt_ids, reply.token_ids]).astype(np.int64))[None]
+    logits = model(ids, use_cache=False).logits[0]
+    return logits.argmax(-1).tolist()
+
+
+@torch.no_grad()
 def test_twenty_turns_and_a_restart(smollm2: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    replies: list[Reply] = []
 
     def cost(text: str) -> int:
         around = f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -43,14 +55,22 @@ def test_twenty_turns_and_a_restart(smollm2: Path, tmp_path: Path) -> None:
             for number in turns:
                 text = f"Tell me one thing about {WORDS[number % 10]}, number {number}."
                 reply = session.send(text, max_new_tokens=NEW)
+                replies.append(reply)
                 assert reply.usage.bypass_reason is None
                 if number != turns.start:
                     assert reply.usage.computed_tokens <= cost(text)
                 elif number:  # after the restart: the last tail may be too short to have been stored
                     assert reply.usage.computed_tokens <= cost(text) + 8
-                if number in (0, 1, 11, 12, 19):  # plain transformers computes the whole conversation for each
-                    assert _is_plain(model, reply), number
             cached.close()
 
     talk(range(12))
     talk(range(12, 20))
+
+    choices = _choices(model, replies[-1])
+    whole = [*replies[-1].prompt_ids.tolist(), *replies[-1].token_ids.tolist()]
+    for number, reply in enumerate(replies):
+        start, said = len(reply.prompt_ids), reply.token_ids.tolist()
+        assert whole[: start + len(said)] == [*reply.prompt_ids.tolist(), *said], number  # nothing was rewritten
+        assert choices[start - 1 : start - 1 + len(said)] == said, number
+    for number in (0, 12, 19):
+        assert _is_plain(model, replies[number]), number
