@@ -20,6 +20,8 @@ import pytest  # noqa: E402
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from tests.cuda_ext._mock import Kit
+
 
 class ModelFactory(Protocol):
     """Makes a fresh tiny model; equal arguments make equal weights."""
@@ -53,6 +55,14 @@ def _isolated_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     monkeypatch.setenv("KVEMBED_CACHE_DIR", str(home / "cache"))
     monkeypatch.setenv("KVEMBED_MODELS_DIR", str(_TEST_CACHE / "models"))
     monkeypatch.delenv("KVEMBED_DISABLE", raising=False)
+
+
+@pytest.fixture(scope="session")
+def cuda_kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    """kvembed-cuda's library and a driver without a GPU, compiled; skips where there is no compiler."""
+    from tests.cuda_ext._mock import build_kit
+
+    return build_kit(tmp_path_factory.mktemp("kvembed-cuda"))
 
 
 # ------------------------------------------------------------------------------------- tiny models

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvembed._memory import host_buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import torch
@@ -109,8 +109,14 @@ class FakeStreams:
         with self._lock:
             self._until(event)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
+    def copy(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: FakeStream, *, to_device: bool = True
+    ) -> None:
         """See `Streams`."""
+        for target, source in pairs:
+            self._copy(target, source, stream)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
         # Held as weakly as a device holds memory: who issued the copy has to keep it.
         to, of = weakref.ref(target), weakref.ref(source)
 

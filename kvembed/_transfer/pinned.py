@@ -111,8 +111,7 @@ class TorchTransfer:
         with self._lock:
             if after is not None:
                 self._streams.wait(stream, after)
-            for target, source in pairs:
-                self._streams.copy(target, source, stream)
+            self._streams.copy(pairs, stream, to_device=stream is self._in)
             ticket = StreamTicket(self._streams, self._streams.record(stream), pairs)
             self._under_way.append(ticket)
             ended = []

@@ -11,6 +11,8 @@ import torch
 from kvembed._memory import host_buffer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
 __all__ = ["Streams", "TorchStreams", "has_streams"]
@@ -43,8 +45,14 @@ class Streams(Protocol):
         """Return when an event has happened."""
         ...
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        """Queue a copy on ``stream``."""
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any, *, to_device: bool) -> None:
+        """Queue copies on ``stream``.
+
+        Args:
+            pairs: Targets and sources, ``[heads, tokens, width]``, the last two axes contiguous.
+            stream: Where.
+            to_device: The sources are in host memory and complete; else the targets are in host memory.
+        """
         ...
 
     def allocate(self, nbytes: int) -> np.ndarray:
@@ -98,10 +106,11 @@ class TorchStreams:
         """See `Streams`."""
         event.synchronize()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any, *, to_device: bool) -> None:
         """See `Streams`. Where heads lie apart torch goes through one contiguous tensor on the device."""
         with self._module.stream(stream), torch.no_grad():
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
 
     def allocate(self, nbytes: int) -> np.ndarray:
         """See `Streams`. Our own pages, registered with the driver: torch rounds pinned memory up to powers of two."""

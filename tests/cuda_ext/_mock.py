@@ -6,14 +6,18 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import native_build
 import pytest
 from kvembed_cuda import Driver
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["Kit", "MockDriver", "build_kit", "compile_cpp"]
 
+_CALLBACK = ctypes.CFUNCTYPE(None)
 HERE = Path(__file__).resolve().parent / "native"
 
 
@@ -44,6 +48,8 @@ class Kit:
         self.functions.mock_run.restype = ctypes.c_long
         self.functions.mock_pending.restype = ctypes.c_long
         self.functions.mock_alive.restype = ctypes.c_long
+        self.functions.mock_registered.restype = ctypes.c_uint64
+        self.functions.mock_call.argtypes = [ctypes.c_int, ctypes.c_void_p, _CALLBACK]
         self.functions.mock_compute.argtypes = [
             ctypes.c_int,
             ctypes.c_void_p,
@@ -72,6 +78,7 @@ class MockDriver(Driver):
 
     def __init__(self, kit: Kit) -> None:
         self.mock: Any = kit.functions
+        self._callbacks: list[Any] = []
         super().__init__(kit.library, kit.mock)
 
     def seed(self, seed: int) -> None:
@@ -105,6 +112,12 @@ class MockDriver(Driver):
         text = ctypes.create_string_buffer(4096)
         self.mock.mock_violations(text, ctypes.c_size_t(len(text)))
         return text.value.decode().splitlines()
+
+    def queue(self, stream: int, function: Callable[[], object], device: int = 0) -> None:
+        """Queue a function, as a kernel would be."""
+        callback = _CALLBACK(function)
+        self._callbacks.append(callback)
+        assert not self.mock.mock_call(device, stream, callback)
 
     def compute(self, stream: int, dst: int, src: int, nbytes: int, key: int, device: int = 0, piece: int = 64) -> None:
         """Queue ``dst[i] = src[i] ^ key``, which stands for a kernel of somebody's."""

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cuda_ext._mock import Kit, MockDriver, build_kit
+from tests.cuda_ext._mock import Kit, MockDriver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 @pytest.fixture(scope="session")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+def kit(cuda_kit: Kit) -> Kit:
     """The library and the mock driver, compiled once."""
-    return build_kit(tmp_path_factory.mktemp("kvembed-cuda"))
+    return cuda_kit
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from kvembed_cuda import Stream
 
 from kvembed._transfer import Strip
 from kvembed._transfer.choose import engine_for
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from kvembed._transfer import TransferEngine
+    from tests.cuda_ext._mock import Kit
 
 CPU = torch.device("cpu")
 SLOT = 1 << 14
@@ -35,12 +37,14 @@ class Rig:
         compute: Queues a function on the device, as a forward queues kernels.
         device: Where the device's tensors are made.
         allocated: Says how much host memory was allocated for staging, where that can be told.
+        violations: Says what the device was asked that a real one would not forgive.
     """
 
     engine: TransferEngine
     compute: Callable[[Callable[[], object]], object]
     device: torch.device = CPU
     allocated: Callable[[], int] | None = None
+    violations: Callable[[], list[str]] = list
 
     def rows(self, heads: int, capacity: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return device rows as a cache layer has them, all zero."""
@@ -82,6 +86,22 @@ def gpu() -> Rig:
     return Rig(engine_for(device), lambda function: function(), device)
 
 
+def extension(kit: Kit, version: int, seed: int = 0, *, batch: bool = False) -> Rig:
+    """The CUDA extension, on a driver that does everything in odd orders."""
+    from kvembed._transfer.extension import CudaStreams, ExtensionTransfer
+
+    driver = kit.open(version, seed=seed)
+    computes = Stream(driver, 0)  # torch's
+    streams = CudaStreams(driver, 0, lambda: computes.handle, batch=batch)
+    engine = ExtensionTransfer(CPU, streams=streams, max_staging_bytes=STAGING)
+    return Rig(
+        engine,
+        lambda function: driver.queue(computes.handle, function),
+        allocated=driver.mock.mock_registered,
+        violations=lambda: driver.violations,
+    )
+
+
 RIGS: dict[str, Callable[[], Rig]] = {
     "plain": plain,
     "late": lambda: fake("late"),
@@ -90,4 +110,7 @@ RIGS: dict[str, Callable[[], Rig]] = {
     "cuda": gpu,
 }
 
-PARAMETERS = [pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name for name in RIGS]
+DRIVERS = {"extension": (12040, False), "extension-12.8": (12080, True), "extension-13.0": (13000, True)}
+"""Rigs of the CUDA extension: version of the driver, and whether copies are batched."""
+
+PARAMETERS = [pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name for name in [*RIGS, *DRIVERS]]

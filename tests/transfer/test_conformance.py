@@ -11,7 +11,7 @@ import torch
 
 from kvembed._transfer import Strip
 
-from ._rigs import PARAMETERS, RIGS, SLOT, STAGING, fake
+from ._rigs import DRIVERS, PARAMETERS, RIGS, SLOT, STAGING, extension, fake
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,9 +23,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.fixture(params=PARAMETERS)
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    rig = RIGS[request.param]()
+    if request.param in DRIVERS:
+        version, batch = DRIVERS[request.param]
+        rig = extension(request.getfixturevalue("cuda_kit"), version, batch=batch)
+    else:
+        rig = RIGS[request.param]()
     yield rig
     rig.engine.close()
+    assert rig.violations() == []
 
 
 def noise(heads: int, n: int, row_nbytes: int, seed: int = 0) -> np.ndarray:
@@ -213,7 +218,7 @@ def test_the_fake_shows_staging_that_is_reused_too_soon() -> None:
 def test_the_fake_shows_memory_that_is_given_up_too_soon() -> None:
     rig = fake("late")
     streams = rig.engine._streams  # pyright: ignore[reportAttributeAccessIssue]
-    streams.copy(torch.zeros(4), torch.ones(4), streams.new_stream())
+    streams.copy([(torch.zeros(4), torch.ones(4))], streams.new_stream())
     with pytest.raises(RuntimeError, match="given up"):
         streams.run_all()
 

@@ -46,7 +46,7 @@ struct Row {
     int early = -1;  // where its bytes are in `read`, when they were read before their turn
 };
 
-enum class Kind { copy, record, wait, segments, quants, compute };
+enum class Kind { copy, record, wait, segments, quants, compute, callback };
 
 struct Op {
     Kind kind;
@@ -59,6 +59,7 @@ struct Op {
     KvSegments segments;
     KvQuants quants;
     uint8_t key = 0;
+    void (*call)() = nullptr;
 };
 
 struct StreamObject {
@@ -91,6 +92,7 @@ struct World {
 };
 
 std::recursive_mutex mutex;
+bool in_step;  // what runs in a callback queues, and runs nothing
 World world;
 thread_local std::vector<Context *> stack;
 
@@ -126,7 +128,7 @@ void run_quants(const Op &op) {
 
 // One step of a stream; false when it has none to do, or waits.
 bool step(StreamObject *stream) {
-    if (stream->ops.empty()) return false;
+    if (in_step || stream->ops.empty()) return false;
     Op &op = *stream->ops.front();
     switch (op.kind) {
     case Kind::wait:
@@ -135,6 +137,13 @@ bool step(StreamObject *stream) {
     case Kind::record: op.state->happened = std::max(op.state->happened, op.number); break;
     case Kind::segments: op.function == "kv_gather" ? run_segments<true>(op) : run_segments<false>(op); break;
     case Kind::quants: run_quants(op); break;
+    case Kind::callback: {
+        void (*call)() = op.call;
+        in_step = true;
+        call();
+        in_step = false;
+        break;
+    }
     case Kind::copy:
     case Kind::compute: {
         // Rows in any order, some at a time.
@@ -157,7 +166,7 @@ bool step(StreamObject *stream) {
 }
 
 void progress() {
-    if (world.streams.empty()) return;
+    if (in_step || world.streams.empty()) return;
     if (!world.random.below(8)) world.streams[world.random.below(uint32_t(world.streams.size()))]->eager = world.random.below(5);
     size_t first = world.random.below(uint32_t(world.streams.size()));
     for (size_t i = 0; i < world.streams.size(); i++) {
@@ -667,4 +676,22 @@ EXPORT int mock_compute(int device, void *handle, uint64_t dst, uint64_t src, ui
     for (uint64_t at = 0; at < bytes; at += piece) op->rows.push_back({dst + at, src + at, std::min(piece, bytes - at)});
     queue(stream, std::move(op));
     return 0;
+}
+// A computation that the test has written. It must not wait for anything.
+EXPORT int mock_call(int device, void *handle, void (*call)()) {
+    std::lock_guard<std::recursive_mutex> guard(mutex);
+    stack.push_back(world.contexts[size_t(device)].get());
+    StreamObject *stream = find_stream((CUstream)handle);
+    stack.pop_back();
+    if (!stream) return 400;
+    auto op = std::make_unique<Op>();
+    op->kind = Kind::callback;
+    op->call = call;
+    queue(stream, std::move(op));
+    return 0;
+}
+EXPORT uint64_t mock_registered() {
+    uint64_t bytes = 0;
+    for (auto &one : world.registered) bytes += one.second;
+    return bytes;
 }
