@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from kvembed._cli import _common, _machine
+from kvembed._cli import _common, _machine, _transfers
 from kvembed._cli._steps import Steps
 from kvembed._errors import KVEmbedError
 from kvembed._units import format_bytes
@@ -104,6 +104,7 @@ def inspect_machine(path: Path, *, quick: bool = False) -> dict[str, Any]:
             "max_disk_bytes": disk_budget("auto", parent if parent.is_dir() else parent.parent, _used(path)),
         },
         "rates": rates,
+        "transfer": _transfers.inspect_transfer(device, quick=quick),
     }
 
 
@@ -114,7 +115,7 @@ def _used(path: Path) -> int:
 
 def find_problems(facts: dict[str, Any]) -> list[Problem]:
     """Return what is wrong with what `inspect_machine` found (a pure function)."""
-    store, versions = facts["store"], facts["versions"]
+    store, versions, transfer = facts["store"], facts["versions"], facts["transfer"]
     problems: list[Problem] = []
 
     def error(what: str, fix: str) -> None:
@@ -149,6 +150,13 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
         )
     if store["encrypted"] and not versions["cryptography"]:
         error(f"{store['path']} is encrypted, and a package is missing", "pip install 'kvembed[encryption]'")
+    if transfer["ignored"]:
+        warn(
+            f"KVEMBED_TRANSFER is {transfer['ignored']!r}, which is no engine, and ignored",
+            "Set it to auto, extension, torch or plain, or unset it.",
+        )
+    if transfer["error"]:
+        warn(f"copies to the device failed: {transfer['error']}", "Free memory on the device, or try another engine.")
     if facts["torch_threads"] > facts["cores"]:
         warn(
             f"torch uses {facts['torch_threads']} threads on {facts['cores']} cores, which slows everything down",
@@ -253,6 +261,7 @@ def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
                 f"read {_rate(rates['disk_read_cached'])} (page cache)",
             )
         )
+    rows.append(("transfer", _transfers.describe(facts["transfer"])))
     if "model" in facts:
         model = facts["model"]
         if model["supported"]:
@@ -266,6 +275,7 @@ def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
 
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
+        text = text.replace("\n", "\n" + " " * (width + 2))
         out.print(Text.assemble((name.ljust(width + 2), "bold"), text), soft_wrap=True)
     out.print()
     if not problems:

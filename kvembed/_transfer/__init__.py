@@ -5,7 +5,9 @@
 ``staging``     the bounded pool of host buffers
 ``plain``       copies in the calling thread: CPU, and devices without streams
 ``pinned``      pure PyTorch on two side streams, over ``streams``
-``choose``      which engine a device gets
+``extension``   the same on streams of kvembed-cuda, all copies of a block in one call
+``choose``      which engine a device gets, and why
+``measure``     how fast it is
 ``fake``        a device for tests, with streams that run late and out of order
 ==============  ====================================================================================================
 """

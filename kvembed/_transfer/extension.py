@@ -1,4 +1,4 @@
-"""Copies through kvembed-cuda: those of a whole block are issued in one call, which runs without the interpreter's lock.
+"""Copies through kvembed-cuda: those of a whole block in one call, which runs without the interpreter's lock.
 
 Everything else (staging, tickets, what waits for what) is that of `kvembed._transfer.pinned`; only the calls of the
 driver are others. ``kvembed_cuda`` is a package of its own and imported here alone.
@@ -91,9 +91,7 @@ class CudaStreams:
         direction = Direction.TO_DEVICE if to_device else Direction.TO_HOST
         try:
             # Host memory to copy from is complete, and nothing on a stream writes it: see `Streams.copy`.
-            self._driver.copy(
-                self._index, table, stream.handle, direction, batch=self._batch, source_ready=to_device
-            )
+            self._driver.copy(self._index, table, stream.handle, direction, batch=self._batch, source_ready=to_device)
         except CudaError:
             # Some may be under way, and the caller is about to let go of their memory.
             with contextlib.suppress(CudaError):
@@ -140,8 +138,8 @@ def _rows(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, in
             raise ValueError("the last two axes of a strip must be contiguous")
     row = tokens * width * size
     # One head has no pitch to speak of; a view's may be anything, also less than a row.
-    pitches = [tensor.stride(0) * size if heads > 1 else row for tensor in (target, source)]
-    return [(target.data_ptr(), source.data_ptr(), *pitches, row, heads)]
+    to, of = (tensor.stride(0) * size if heads > 1 else row for tensor in (target, source))
+    return [(target.data_ptr(), source.data_ptr(), to, of, row, heads)]
 
 
 class ExtensionTransfer(TorchTransfer):

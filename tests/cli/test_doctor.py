@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvembed._cli import _machine
+from kvembed._cli import _machine, _transfers
 from kvembed._cli.doctor import find_problems, inspect_machine
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SOUND: dict[str, Any] = {
     "versions": {"gguf": "1.0", "cryptography": "47"},
     "disabled": False,
+    "transfer": {"ignored": None, "error": None},
     "cores": 4,
     "torch_threads": 4,
     "store": {
@@ -45,6 +46,8 @@ def test_a_sound_machine_has_no_problems() -> None:
         ({"store": {"file_system": "tmpfs"}}, "warning", "reboot"),
         ({"store": {"free_bytes": 1 << 20}}, "warning", "prune"),
         ({"torch_threads": 64}, "warning", "OMP_NUM_THREADS"),
+        ({"transfer": {"ignored": "dma"}}, "warning", "KVEMBED_TRANSFER"),
+        ({"transfer": {"error": "out of memory"}}, "warning", "out of memory"),
         ({"disabled": True}, "warning", "KVEMBED_DISABLE"),
         ({"versions": {"gguf": None}}, "warning", "pip install"),
         ({"store": {"encrypted": True}, "versions": {"cryptography": None}}, "error", "kvembed[encryption]"),
@@ -70,6 +73,8 @@ def test_doctor_looks_without_making_anything(run_json: Callable[..., Any], tmp_
     assert facts["dtype"] in {"float32", "bfloat16", "float16"}
     assert facts["dtype_reason"]
     assert facts["rates"] == {}
+    assert facts["transfer"]["engine"]
+    assert facts["transfer"]["to_device"] is None
 
 
 def test_doctor_text(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -95,7 +100,10 @@ def test_doctor_of_an_unknown_model(run_json: Callable[..., Any], tmp_path: Path
 def test_rates_are_measured_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_machine, "_COPY_BYTES", 1 << 20)
     monkeypatch.setattr(_machine, "_DISK_BYTES", 1 << 20)
-    rates = inspect_machine(tmp_path / "store")["rates"]
+    monkeypatch.setattr(_transfers, "_MEASURED_BYTES", 1 << 20)
+    facts = inspect_machine(tmp_path / "store")
+    rates = facts["rates"]
+    assert all(facts["transfer"][way] > 1e6 for way in ("to_device", "to_host"))
     assert all(rates[name] > 1e6 for name in ("memory_copy", "disk_write_synced", "disk_read_cached"))
     assert list(tmp_path.iterdir()) == []
 

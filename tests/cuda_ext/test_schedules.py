@@ -1,7 +1,7 @@
 """A restore, compute, offload and overwrite, as a model does them, under thousands of schedules of the device.
 
-With every wait in place the bytes are right in all of them. With any one of them left out they are wrong in some, which is
-what makes the first statement worth something.
+With every wait in place the bytes are right in all of them. With any one of them left out they are wrong in some, which
+is what makes the first statement worth something.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from kvembed_cuda import Stream
 
 from kvembed._transfer import Strip
 from kvembed._transfer.extension import CudaStreams, ExtensionTransfer
-from kvembed_cuda import Stream
 
 from ._mock import Kit, MockDriver
 
