@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kvembed._document import Answer, Document
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
+    from kvembed._prompt_view import PromptView
     from kvembed._score import Score
     from kvembed._sessions.db import SessionDB
     from kvembed._sessions.messages import SessionInfo
@@ -71,6 +72,7 @@ __all__ = [
     "ModelNotFoundError",
     "PrefixMatch",
     "PromptError",
+    "PromptView",
     "Reply",
     "Score",
     "Session",
@@ -107,6 +109,7 @@ _LAZY = {
     "Explanation": "kvembed._match",
     "KVStore": "kvembed._store",
     "PrefixMatch": "kvembed._match",
+    "PromptView": "kvembed._prompt_view",
     "StoreStats": "kvembed._store",
     "Usage": "kvembed._usage",
     "VerifyReport": "kvembed._store",

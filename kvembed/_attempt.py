@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvembed._call import Watch
 from kvembed._errors import StoreClosedError
+from kvembed._spans import tiers_of
 from kvembed._usage import Usage
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvembed._media import Media
     from kvembed._progress import Progress
     from kvembed._restore import Restore
+    from kvembed._spans import Spans
     from kvembed._wrapped import WrappedModel
 
 __all__ = ["Attempt", "Request", "plain_usage", "prefill_usage", "usage_of"]
@@ -58,6 +60,7 @@ class Attempt:
     """State of one attempt, filled as it goes.
 
     Args:
+        spans: Where each part of the prompt comes from.
         front: Leading tokens that are computed while others are read.
         fed: Tokens that the cache holds after a call without a generation; None when it broke off half-way.
         watch: Sees what is generated.
@@ -71,7 +74,7 @@ class Attempt:
     match: Match
     sequence: LiveSequence
     restore: Restore | None
-    tiers: dict[str, int]
+    spans: Spans
     media: Media | None = None
     front: int = 0
     audited: bool = False
@@ -84,6 +87,11 @@ class Attempt:
     is_given_away: bool = False
     goes_on: bool = False
 
+    @property
+    def tiers(self) -> dict[str, int]:
+        """Tokens that each tier has."""
+        return tiers_of(self.spans)
+
 
 def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, deterministic: bool) -> Usage:
     """Return what computing one prompt cost, without a generation."""
@@ -93,6 +101,7 @@ def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, dete
     return Usage(
         prompt_tokens=len(attempt.ids),
         cached_tokens_by_tier=attempt.tiers,
+        spans=attempt.spans,
         lookup_s=attempt.match.seconds,
         restore_s=attempt.restore.seconds if attempt.restore is not None else 0.0,
         prefill_s=total - attempt.match.seconds,
@@ -156,6 +165,7 @@ def usage_of(
         prompt_tokens=prompt,
         completion_tokens=completion_tokens,
         cached_tokens_by_tier=dict(tiers),
+        spans=attempts[0].spans if len(attempts) == 1 else (),
         lookup_s=lookup_s,
         restore_s=restore_s,
         prefill_s=prefill_s,

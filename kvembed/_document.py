@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from kvembed._errors import ConfigError, PromptError
-from kvembed._html import mimebundle, panel
+from kvembed._html import mimebundle, panel, text_html
 from kvembed._keys import as_token_ids, block_key, chain_keys, snapshot_key
-from kvembed._prompt import as_prompt, check_prompt, context_length, split_chat, tokenize
+from kvembed._prompt import as_prompt, check_prompt, context_length, decoder, split_chat, tokenize
+from kvembed._prompt_view import prompt_view
 from kvembed._stream import stream_text
 from kvembed._units import format_bytes, format_count
 from kvembed._usage import Usage, reply_bundle
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
+    from kvembed._prompt_view import PromptView
 
-__all__ = ["Answer", "digits_of", "Document", "keys_of", "read_document"]
+__all__ = ["Answer", "digits_of", "Document", "keys_of", "read_document", "view_of"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +40,7 @@ class Answer:
         usage: What it cost.
         prompt_ids: Ids of the whole prompt, int32: what plain transformers would be given.
         token_ids: Ids of the reply, int32.
+        prompt: Where each part of the prompt came from, with its text; None where nobody knows.
     """
 
     text: str
@@ -45,6 +48,7 @@ class Answer:
     usage: Usage
     prompt_ids: TokenIds
     token_ids: TokenIds
+    prompt: PromptView | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -55,7 +59,7 @@ class Answer:
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
-        return reply_bundle(self.question, self.text, self.usage, include, exclude)
+        return reply_bundle(self.question, self.text, self.usage, self.prompt, include, exclude)
 
 
 class Document:
@@ -151,7 +155,8 @@ class Document:
             usage = self._model.usage
         reply = as_token_ids(getattr(result, "sequences", result)[0, len(ids) :].cpu().numpy())
         text = self._model.tokenizer.decode(reply, skip_special_tokens=True)
-        return Answer(text=text, question=question, usage=usage, prompt_ids=ids, token_ids=reply)
+        prompt_view = view_of(self._model, ids, usage)
+        return Answer(text, question, usage, ids, reply, prompt_view)
 
     def stream(self, question: str, *, max_new_tokens: int = 256, **kwargs: Any) -> Iterator[str]:
         """Answer one question piece by piece; arguments as for `ask`. ``model.usage`` is set at the end."""
@@ -184,7 +189,13 @@ class Document:
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
     ) -> dict[str, str]:
         usage = self.usage._repr_mimebundle_()["text/html"]
-        return mimebundle(repr(self), panel(repr(self)[1:-1], usage), include, exclude)
+        markup = panel(repr(self)[1:-1], text_html("What preparing it cost:", "opacity:.8"), usage)
+        return mimebundle(repr(self), markup, include, exclude)
+
+
+def view_of(model: CachedModel, ids: TokenIds, usage: Usage) -> PromptView | None:
+    """Return where each part of a prompt came from, with its text."""
+    return prompt_view(ids, usage.spans, decoder(model.tokenizer))
 
 
 def keys_of(model: CachedModel, ids: TokenIds) -> list[bytes]:

@@ -18,6 +18,7 @@ import torch
 
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
+from kvembed._html import COMPUTED
 from kvembed._keys import PROBE_TOKENS, as_token_ids, block_key, root_key
 from kvembed._live import LivePool, LiveSequence
 from kvembed._matching import Matcher, exact_run, is_takeover
@@ -161,7 +162,7 @@ class Engine:
 
     def open(
         self, match: Match, ids: TokenIds, capacity: int, *, front: int = 0
-    ) -> tuple[LiveSequence, Restore | None, dict[str, int]]:
+    ) -> tuple[LiveSequence, Restore | None, list[tuple[str, int]]]:
         """Return a sequence that holds (or is being filled with) the matched prefix.
 
         Args:
@@ -171,25 +172,26 @@ class Engine:
             front: Leading tokens that the caller computes while the others are read; see `join`.
 
         Returns:
-            The sequence, the restore still under way if any, and the tokens served by each tier.
+            The sequence, the restore still under way if any, and the runs of the prompt as `kvembed._spans` has them.
         """
         if match.live is not None:
             sequence = self._open_live(match, ids, capacity)
-            tiers = {self._live_tier: match.live_tokens} if match.live_tokens else {}
+            runs = [(self._live_tier, match.live_tokens)]
         else:
             sequence = self.new_sequence(capacity)
-            tiers = {}
-        pieces, stored_tiers = self._open_pieces(match, ids, match.live_tokens + front)
+            runs = [(COMPUTED, front)]
+        pieces = self._open_pieces(match, ids, match.live_tokens + front)
         if match.snapshot is not None and not self._load_state(match, sequence, pieces):
             for piece in pieces:
                 piece.source.close()
-            return self.new_sequence(capacity), None, {}
+            return self.new_sequence(capacity), None, []
+        runs += [(piece.source.tier, piece.n_tokens) for piece in pieces]
         if not pieces:
-            return sequence, None, tiers
+            return sequence, None, runs
         if front:
             restore = Restore(sequence.cache, pieces, self.block_size, self.transfers, behind=True)
             restore.start()
-            return sequence, restore, stored_tiers
+            return sequence, restore, runs
         exact_before = sequence.exact == match.live_tokens
         restore = Restore(sequence.cache, pieces, self.block_size, self.transfers)
         length = restore.length
@@ -203,7 +205,7 @@ class Engine:
             sequence.exact = min(sequence.exact, (length - 1) // self.block_size * self.block_size)
         sequence.keys = match.keys[:full]
         restore.start()
-        return sequence, restore, {**tiers, **stored_tiers}
+        return sequence, restore, runs
 
     def join(self, match: Match, ids: TokenIds, sequence: LiveSequence, restore: Restore) -> None:
         """Add what was read behind a computation to the sequence that was computed; raises as `Restore.finish`."""
@@ -246,10 +248,9 @@ class Engine:
         fork.exact, fork.captured = min(live.exact, edge), min(live.captured, edge)
         return fork
 
-    def _open_pieces(self, match: Match, ids: TokenIds, position: int) -> tuple[list[Piece], dict[str, int]]:
+    def _open_pieces(self, match: Match, ids: TokenIds, position: int) -> list[Piece]:
         """Open the matched blocks from ``position`` on, comparing ids; the run ends at the first that differs."""
         pieces: list[Piece] = []
-        tiers: dict[str, int] = {}
         for stored, n in match.stored:
             if stored.info.start < position:
                 continue
@@ -263,9 +264,8 @@ class Engine:
                 self.store.discard(stored.info.key, "holds other tokens or another layout than its key says")
                 break
             pieces.append(Piece(source, n))
-            tiers[source.tier] = tiers.get(source.tier, 0) + n
             position += n
-        return pieces, tiers
+        return pieces
 
     def prefill(
         self,

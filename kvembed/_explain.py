@@ -6,7 +6,6 @@ every key is another one. Sequences under another ``cache_salt`` are never looke
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from kvembed._fingerprint import describe_difference
 from kvembed._keys import PROBE_TOKENS, block_key, common_prefix, root_key
 from kvembed._match import Explanation, classify, context
+from kvembed._prompt import decoder
 from kvembed._units import format_count
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _LOST_HINTS = {
     "removed": "It was removed by hand: with rm, prune, evict or clear.",
     "quarantined": "Its file was damaged and set aside; kvembed verify shows the state of the store.",
 }
-_MEDIA_SIGN = " ⟨media⟩ "
 _MOST_CHILDREN = 256
 _LOOK_AHEAD_BLOCKS = 3
 _MOST_NAMESPACES = 32
@@ -53,18 +52,7 @@ def explain_prompt(
         return Explanation("bypassed", prompt_tokens=len(ids), hint=support)
     found = engine.match(ids, deterministic=deterministic, media=media)
     position = found.tokens
-
-    def decode(tokens: list[int]) -> str:
-        text = ""
-        # Content ids are no tokens.
-        for is_media, part in itertools.groupby(tokens, key=lambda token: token < 0):
-            ids = list(part)
-            if is_media:
-                text += _MEDIA_SIGN
-            else:
-                text += tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
-        return text
-
+    decode = decoder(tokenizer)
     if found.without_state:
         here, at = context(ids.tolist(), position, decode)
         hint = (

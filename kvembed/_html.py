@@ -19,11 +19,13 @@ __all__ = [
     "bar_html",
     "bar_segments",
     "bar_text",
+    "colour",
     "escape",
     "mimebundle",
     "ordered_tiers",
     "panel",
     "table_html",
+    "text_html",
 ]
 
 TIER_ORDER = ("live", "gpu", "cpu", "disk", "remote")
@@ -37,12 +39,12 @@ COMPUTED = "computed"
 TIER_GLYPHS = {"live": "█", "gpu": "█", "cpu": "▓", "disk": "▒", "remote": "▞", COMPUTED: "░"}
 
 _COLOURS = {
-    "live": "rgba(46,160,67,.9)",
-    "gpu": "rgba(46,160,67,.9)",
-    "cpu": "rgba(56,139,253,.9)",
-    "disk": "rgba(210,153,34,.9)",
-    "remote": "rgba(163,113,247,.9)",
-    COMPUTED: "rgba(128,128,128,.7)",
+    "live": (46, 160, 67),
+    "gpu": (46, 160, 67),
+    "cpu": (56, 139, 253),
+    "disk": (210, 153, 34),
+    "remote": (163, 113, 247),
+    COMPUTED: (128, 128, 128),
 }
 
 
@@ -93,9 +95,9 @@ def escape(text: object) -> str:
 def bar_html(tokens_by_tier: Mapping[str, int], computed: int, width: int = 40) -> str:
     """Return the bar and its legend as HTML."""
     segments = bar_segments(tokens_by_tier, computed, width)
-    bar = "".join(f'<span style="color:{_colour(name)}">{glyph * cells}</span>' for name, glyph, cells in segments)
+    bar = "".join(f'<span style="color:{colour(name)}">{glyph * cells}</span>' for name, glyph, cells in segments)
     legend = " ".join(
-        f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{_colour(name)}">{glyph}</span> '
+        f'<span style="white-space:nowrap;margin-right:.8em"><span style="color:{colour(name)}">{glyph}</span> '
         f"{escape(name)} {tokens_by_tier.get(name, computed):,}</span>"
         for name, glyph, _ in segments
     )
@@ -105,28 +107,49 @@ def bar_html(tokens_by_tier: Mapping[str, int], computed: int, width: int = 40) 
     )
 
 
-def _colour(name: str) -> str:
-    return _COLOURS.get(name, "currentColor")
+def colour(name: str, alpha: float = 0.9) -> str:
+    """Return the colour of a tier, which is seen on light and on dark pages."""
+    red, green, blue = _COLOURS.get(name, (200, 90, 120))
+    return f"rgba({red},{green},{blue},{alpha:g})"
 
 
-def table_html(rows: Iterable[Sequence[object]], header: Sequence[object] = ()) -> str:
-    """Return a plain table; every cell is escaped, numbers are set to the right."""
+def table_html(rows: Iterable[Sequence[object]], header: Sequence[object] = (), *, right: bool = False) -> str:
+    """Return a plain table; every cell is escaped, and numbers are set to the right.
+
+    Args:
+        rows: Its cells.
+        header: Cells of the first line.
+        right: Set all columns but the first to the right.
+    """
+    # Each tag says what the style sheets of front ends would decide: stripes, borders, sizes.
     line = "border:0;border-bottom:1px solid rgba(128,128,128,.3);padding:.15em .7em;background:transparent;"
+    row = '<tr style="background:transparent">'
 
-    def cell(tag: str, value: object) -> str:
+    def cell(tag: str, value: object, column: int) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
+        side = "right" if number or (right and column) else "left"
         text = f"{value:,}" if number else value
-        return f'<{tag} style="{line}text-align:{"right" if number else "left"}">{escape(text)}</{tag}>'
+        return f'<{tag} style="{line}text-align:{side};overflow-wrap:anywhere">{escape(text)}</{tag}>'
 
-    head = f"<tr>{''.join(cell('th', v) for v in header)}</tr>" if header else ""
-    body = "".join(f"<tr>{''.join(cell('td', v) for v in row)}</tr>" for row in rows)
-    return f'<table style="border-collapse:collapse;color:currentColor">{head}{body}</table>'
+    def cells(tag: str, values: Sequence[object]) -> str:
+        return f"{row}{''.join(cell(tag, value, column) for column, value in enumerate(values))}</tr>"
+
+    head = cells("th", header) if header else ""
+    style = "border-collapse:collapse;color:currentColor;background:transparent;margin:.2em 0"
+    return f'<table style="{style}">{head}{"".join(cells("td", values) for values in rows)}</table>'
 
 
 def panel(title: object, *parts: str) -> str:
     """Return a titled box around HTML ``parts``; only the title is escaped."""
     box = "border-left:3px solid rgba(128,128,128,.5);padding:.2em .8em;color:currentColor;max-width:60em"
-    return f'<div style="{box}"><div style="font-weight:600">{escape(title)}</div>{"".join(parts)}</div>'
+    return f'<div style="{box}">{text_html(title, "font-weight:600")}{"".join(parts)}</div>'
+
+
+def text_html(text: object, style: str = "") -> str:
+    """Return lines of text in their own direction, broken where they are too long."""
+    # What runs from right to left must not turn round what stands beside it.
+    own = "white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;text-align:start"
+    return f'<div style="{own};{style}">{escape(text)}</div>'
 
 
 def mimebundle(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kvembed._html import bar_html, escape, mimebundle, ordered_tiers, panel, table_html
+from kvembed._spans import Spans, as_spans
 from kvembed._units import format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class PrefixMatch:
         exact_tokens: How many of them are bit for bit what a cold prefill makes; the rest is equal to rounding.
         blocks: Number of blocks that hold them.
         lookup_s: Seconds the search took.
+        spans: ``(tier, tokens)`` of each part of the prompt, in its order; ``computed`` for what is not stored.
     """
 
     prompt_tokens: int
@@ -70,13 +72,16 @@ class PrefixMatch:
     exact_tokens: int = 0
     blocks: int = 0
     lookup_s: float = 0.0
+    spans: Spans = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens_by_tier", ordered_tiers(self.tokens_by_tier))
+        object.__setattr__(self, "spans", as_spans(self.spans))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as JSON types."""
-        return {**self.__dict__, "tokens_by_tier": dict(self.tokens_by_tier)}
+        spans = [list(span) for span in self.spans]
+        return {**self.__dict__, "tokens_by_tier": dict(self.tokens_by_tier), "spans": spans}
 
     def __str__(self) -> str:
         where = " · ".join(f"{name} {format_count(n)}" for name, n in self.tokens_by_tier.items())
@@ -187,8 +192,11 @@ class Explanation:
 
     def _html(self) -> str:
         at = self._offset()
-        mark = "background:rgba(210,153,34,.35);border-radius:2px"
-        pre = "margin:.3em 0;white-space:pre-wrap;color:currentColor;background:transparent"
+        mark = "background:rgba(210,153,34,.35);border-radius:2px;text-decoration:underline;unicode-bidi:isolate"
+        pre = (
+            "margin:.3em 0;white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:plaintext;"
+            "color:currentColor;background:transparent"
+        )
         parts: list[str] = []
         for label, text in (("prompt", self.here or None), ("stored", self.there)):
             if text is not None:

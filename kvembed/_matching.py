@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvembed._keys import PROBE_TOKENS, block_key, chain_keys
+from kvembed._spans import tiers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,12 @@ class Match:
         return wanted if self.tail is None else [*wanted, self.tail]
 
     @property
+    def runs(self) -> list[tuple[str, int]]:
+        """Which tier has which part, in the order of the prompt."""
+        live = [] if self.live is None else [(self.live_tier, self.live_tokens)]
+        return [*live, *((stored.tier, n) for stored, n in self.stored)]
+
+    @property
     def exact_tokens(self) -> int:
         """How many of them give bit-identical results."""
         exact = 0
@@ -80,10 +87,7 @@ class Match:
     @property
     def tokens_by_tier(self) -> dict[str, int]:
         """Tokens by the tier that will serve them."""
-        counts = {self.live_tier: self.live_tokens} if self.live is not None else {}
-        for stored, n in self.stored:
-            counts[stored.tier] = counts.get(stored.tier, 0) + n
-        return counts
+        return tiers_of(self.runs)
 
 
 def exact_run(blocks: Sequence[StoredBlock]) -> int:

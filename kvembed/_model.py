@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,8 @@ from kvembed._compiled import compiled_from
 from kvembed._document import Document
 from kvembed._engine import Engine
 from kvembed._errors import ConfigError, StoreClosedError, UnsupportedModelError
-from kvembed._model_view import ModelView
+from kvembed._html import mimebundle
+from kvembed._model_view import ModelView, model_html
 from kvembed._paths import is_disabled
 from kvembed._prompt import check_prompt, encode
 from kvembed._runner import Runner
@@ -25,7 +27,7 @@ from kvembed._usage import Usage
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from kvembed._progress import Progress
     from kvembed._score import Score
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from kvembed._store import KVStore
 
 __all__ = ["CachedModel"]
+
+_MOST_HISTORY = 1000
 
 
 class CachedModel(ModelView):
@@ -106,6 +110,7 @@ class CachedModel(ModelView):
         self.progress: Progress = progress
         self._lock = threading.RLock()
         self._usage = Usage()
+        self._history: deque[Usage] = deque(maxlen=_MOST_HISTORY)
         self._engine = Engine(
             compiled_from(model), store, block_size=block_size, cache_salt=cache_salt, max_live=max_live
         )
@@ -201,6 +206,7 @@ class CachedModel(ModelView):
 
     def _note(self, usage: Usage) -> Usage:
         self._usage = usage
+        self._history.append(usage)
         with contextlib.suppress(StoreClosedError):
             self.store.record(usage)
         return usage
@@ -393,3 +399,8 @@ class CachedModel(ModelView):
         state = "cached" if self.support is None else f"passed through: {self.support}"
         model = self.hf_model
         return f"<CachedModel {type(model).__name__} {model.dtype} on {model.device}, {state}, store {self.store.path}>"
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        return mimebundle(repr(self), model_html(self), include, exclude)

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 from kvembed._audit import Auditor, AuditReport
 from kvembed._errors import ConfigError, PromptError, UnsupportedModelError
 from kvembed._explain import explain_prompt
+from kvembed._html import panel, table_html
 from kvembed._match import Explanation, PrefixMatch
 from kvembed._media import Media, MediaError, has_media, read_media
 from kvembed._prompt import check_prompt, encode
+from kvembed._spans import as_spans
+from kvembed._units import format_bytes, format_count
 
 if TYPE_CHECKING:
     import os
     import threading
+    from collections import deque
     from collections.abc import Callable
 
     from kvembed._encryption.sources import Key
@@ -22,13 +26,14 @@ if TYPE_CHECKING:
     from kvembed._forget import ForgetReport
     from kvembed._keys import TokenIds
     from kvembed._portable import ExportReport, ImportReport
+    from kvembed._prompt_view import PromptView
     from kvembed._sessions.db import SessionDB
     from kvembed._stats import TierStats
     from kvembed._store import KVStore
     from kvembed._tree import PrefixTree
     from kvembed._usage import Usage
 
-__all__ = ["ModelView"]
+__all__ = ["model_html", "ModelView"]
 
 
 class ModelView:
@@ -41,6 +46,7 @@ class ModelView:
     _lock: threading.RLock
     _engine: Engine
     _usage: Usage
+    _history: deque[Usage]
 
     # --- what is stored --------------------------------------------------------------------------------
 
@@ -85,7 +91,23 @@ class ModelView:
             exact_tokens=found.exact_tokens,
             blocks=blocks,
             lookup_s=found.seconds,
+            spans=as_spans(found.runs, len(ids)),
         )
+
+    def show_prompt(self, prompt: Any) -> PromptView:
+        """Return the text of a prompt by the tier that each part would come from; computes nothing.
+
+        Raises:
+            PromptError: The prompt is empty.
+        """
+        from kvembed._prompt import decoder
+        from kvembed._prompt_view import prompt_view
+
+        ids = encode(self.tokenizer, prompt, media=True)
+        spans = self.lookup(prompt).spans or as_spans([], len(ids))
+        view = prompt_view(ids, spans, decoder(self.tokenizer))
+        assert view is not None
+        return view
 
     def prefixes(self, sessions: SessionDB | None = None) -> PrefixTree:
         """Return what the store holds as a tree, with what is live here; see `KVStore.prefixes`.
@@ -203,6 +225,11 @@ class ModelView:
         return self._usage
 
     @property
+    def history(self) -> tuple[Usage, ...]:
+        """What the latest calls through this object cost, oldest first; at most 1,000. `kvembed.plots` draws it."""
+        return tuple(self._history)
+
+    @property
     def support(self) -> str | None:
         """Why this model is passed through uncached, or None when it is served."""
         return self._engine.refusal
@@ -223,3 +250,19 @@ class ModelView:
     def block_size(self) -> int:
         """Tokens of a full block."""
         return self._engine.block_size
+
+
+def model_html(model: ModelView) -> str:
+    """Return what a model is, what it keeps and what the last call cost, for a notebook."""
+    hf_model = model.hf_model
+    parameters = sum(parameter.numel() for parameter in hf_model.parameters())
+    rows: list[tuple[str, object]] = [
+        ("model", f"{type(hf_model).__name__}, {format_count(parameters)} parameters, {hf_model.dtype}"),
+        ("device", hf_model.device),
+        ("cached", "yes" if model.support is None else f"no: {model.support}"),
+        ("KV", f"{format_bytes(model.kv_bytes_per_token)} a token, blocks of {model.block_size} tokens"),
+        ("store", model.store.path or "in memory"),
+        ("calls", len(model.history)),
+    ]
+    last = [] if not model.history else [model.usage._repr_mimebundle_()["text/html"]]
+    return panel("CachedModel", table_html(rows), *last)

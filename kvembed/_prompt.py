@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from kvembed._keys import as_token_ids
 from kvembed._media import has_media
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from kvembed._keys import TokenIds
@@ -20,6 +23,7 @@ __all__ = [
     "as_prompt",
     "check_prompt",
     "context_length",
+    "decoder",
     "encode",
     "MARK",
     "split_at_mark",
@@ -29,6 +33,26 @@ __all__ = [
 
 MARK = "\u241fQUESTION\u241f"
 """Stands for the user's words where a chat template is rendered to be cut there."""
+
+
+_MEDIA_SIGN = " ⟨media⟩ "
+
+
+def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Return a function from ids to text for people, special tokens included; without a tokenizer, the ids."""
+
+    def decode(tokens: list[int]) -> str:
+        text = ""
+        # Content ids are no tokens.
+        for is_media, part in itertools.groupby(tokens, key=lambda token: token < 0):
+            ids = list(part)
+            if is_media:
+                text += _MEDIA_SIGN
+            else:
+                text += tokenizer.decode(ids) if tokenizer is not None else " ".join(map(str, ids))
+        return text
+
+    return decode
 
 
 def encode(tokenizer: Any, prompt: Any, *, media: bool = False) -> TokenIds:

@@ -15,6 +15,7 @@ from kvembed._keys import as_token_ids
 from kvembed._plan import Plan
 from kvembed._progress import prefill_progress
 from kvembed._restore import RestoreError
+from kvembed._spans import as_spans
 
 if TYPE_CHECKING:
     import threading
@@ -122,11 +123,12 @@ class Stages:
                 match = self._engine.match(tokens, deterministic=deterministic)
                 plan = self._engine.plan(match)
             match, front = plan.match, plan.front
-            sequence, restore, tiers = self._engine.open(match, ids, capacity, front=front)
+            sequence, restore, runs = self._engine.open(match, ids, capacity, front=front)
             if media is None or media.floor(len(sequence.ids)) == len(sequence.ids):
                 if front and restore is None:
                     front, plan = 0, Plan(match)
-                return Attempt(ids, match, sequence, restore, tiers, media, front, audited, plan.reason)
+                spans = as_spans(runs, len(ids))
+                return Attempt(ids, match, sequence, restore, spans, media, front, audited, plan.reason)
             # A block was gone when it was opened, and what is left ends inside a picture.
             if restore is not None:
                 restore.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvembed._html import escape, mimebundle
+from kvembed._html import bar_html, mimebundle, panel, table_html, text_html
 from kvembed._units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -178,21 +178,18 @@ class StoreStats:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks: inline styles, no scripts, the page's own colours."""
-        cell = "padding:2px 10px;text-align:right;border-bottom:1px solid rgba(127,127,127,.3)"
-
-        def line(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f'<{tag} style="{cell}">{escape(c)}</{tag}>' for c in cells) + "</tr>"
-
-        def table(rows: list[tuple[str, ...]]) -> str:
-            body = line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:])
-            return f'<table style="border-collapse:collapse;color:currentColor;background:transparent">{body}</table>'
-
-        parts = [f"<div>{escape(text)}</div>" for text in self._lines()]
-        parts.append(table(self._rows()))
+        """Return tables for notebooks: inline styles, no scripts, the page's own colours."""
+        title, *lines = self._lines()
+        parts = [text_html(line) for line in lines]
+        reused = self.reused_tokens or {}
+        if self.prompt_tokens:
+            parts.append(bar_html(reused, self.prompt_tokens - sum(reused.values())))
+        header, *rows = self._rows()
+        parts.append(table_html(rows, header, right=True))
         if len(self.models) > 1 or any(m.quota is not None for m in self.models):
-            parts.append(table(self._model_rows()))
-        return "".join(parts)
+            header, *rows = self._model_rows()
+            parts.append(table_html(rows, header, right=True))
+        return panel(title, *parts)
 
     def _repr_mimebundle_(
         self, include: Collection[str] | None = None, exclude: Collection[str] | None = None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kvembed._budgets import cpu_budget
-from kvembed._errors import ConfigError, StoreClosedError, StoreWarning
+from kvembed._errors import ConfigError, KVEmbedError, StoreClosedError, StoreWarning
+from kvembed._html import mimebundle, panel
 from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
 from kvembed._ledger import Ledger
 from kvembed._stats import StoreStats
@@ -23,7 +24,7 @@ from kvembed._tiers.cpu import CpuTier
 from kvembed._writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from kvembed._admission import Admission
@@ -473,3 +474,13 @@ class KVStore(StoreAdmin):
         where = "memory only" if self.path is None else repr(str(self.path))
         states = {"encrypted": self.encrypted, "read-only": self._read_only, "closed": self._closed}
         return f"KVStore({', '.join([where, *(state for state, is_so in states.items() if is_so)])})"
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        """Return `stats` for a notebook, or one line when they cannot be read."""
+        try:
+            markup = self.stats()._repr_html_()
+        except KVEmbedError:
+            markup = panel(repr(self))
+        return mimebundle(repr(self), markup, include, exclude)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from kvembed._html import bar_html, escape, mimebundle, ordered_tiers, panel, table_html
+from kvembed._html import bar_html, escape, mimebundle, ordered_tiers, panel, table_html, text_html
+from kvembed._spans import Spans, as_spans
 from kvembed._units import format_count, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from kvembed._prompt_view import PromptView
+
 __all__ = ["reply_bundle", "Usage"]
+
+_TITLE_CHARACTERS = 400
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +45,8 @@ class Usage:
         deterministic: True when reuse was held to what makes the call bit-identical to a cold one.
         stored_tokens: Tokens whose KV this call handed to the store.
         audited: True when stored KV that this call uses was computed again and compared.
+        spans: ``(tier, tokens)`` of each part of the prompt, in its order; the tier of what had to be computed is
+            ``computed``. Empty for a batch, and for a call that went to transformers untouched.
     """
 
     prompt_tokens: int = 0
@@ -58,9 +65,11 @@ class Usage:
     deterministic: bool = False
     stored_tokens: int = 0
     audited: bool = False
+    spans: Spans = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cached_tokens_by_tier", ordered_tiers(self.cached_tokens_by_tier))
+        object.__setattr__(self, "spans", as_spans(self.spans))
 
     @property
     def cached_tokens(self) -> int:
@@ -95,6 +104,7 @@ class Usage:
         return {
             **known,
             "cached_tokens_by_tier": dict(self.cached_tokens_by_tier),
+            "spans": [list(span) for span in self.spans],
             "cached_tokens": self.cached_tokens,
             "computed_tokens": self.computed_tokens,
             "decode_tokens_per_second": self.decode_tokens_per_second,
@@ -159,9 +169,15 @@ class Usage:
 
 
 def reply_bundle(
-    title: str, text: str, usage: Usage, include: Collection[str] | None, exclude: Collection[str] | None
+    title: str,
+    text: str,
+    usage: Usage,
+    prompt: PromptView | None,
+    include: Collection[str] | None,
+    exclude: Collection[str] | None,
 ) -> dict[str, str]:
-    """Return the ``_repr_mimebundle_`` of something a model said: its text, and what it cost."""
-    body = f'<div style="white-space:pre-wrap;margin:.4em 0">{escape(text)}</div>'
-    markup = panel(title, body, usage._repr_mimebundle_()["text/html"])
+    """Return the ``_repr_mimebundle_`` of something a model said: its text, what it cost, and its prompt, folded."""
+    title = title if len(title) <= _TITLE_CHARACTERS else f"{title[:_TITLE_CHARACTERS]} …"
+    folded = prompt.folded_html() if prompt is not None else ""
+    markup = panel(title, text_html(text, "margin:.4em 0"), usage._repr_mimebundle_()["text/html"], folded)
     return mimebundle(f"{text}\n[{usage}]", markup, include, exclude)

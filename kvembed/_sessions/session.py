@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvembed._document import digits_of, keys_of, read_document
+from kvembed._document import digits_of, keys_of, read_document, view_of
 from kvembed._errors import ConfigError, PromptError
 from kvembed._forget import ForgetReport
 from kvembed._keys import as_token_ids
@@ -175,7 +175,8 @@ class Session(SessionView):
         with self._lock:
             self._db.add(self.name, [*new, reply] if len(ids) else new, parent, prepared.beginning.date)
             self._load()
-            self.last = Reply(text, usage, prompt.ids, ids, finished, prepared.dropped, meta.get("loss"))
+            view = view_of(self._model, prompt.ids, usage)
+            self.last = Reply(text, usage, prompt.ids, ids, finished, prepared.dropped, meta.get("loss"), view)
             return self.last
 
     # --- changing --------------------------------------------------------------------------------------

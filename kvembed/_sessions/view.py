@@ -6,15 +6,18 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from kvembed._errors import ConfigError, PromptError
+from kvembed._html import mimebundle
 from kvembed._sessions.db import SessionDB
 from kvembed._sessions.losses import explained, loss_of
 from kvembed._sessions.marks import marks_of
 from kvembed._sessions.messages import Message, message_now
 from kvembed._sessions.rendering import Beginning, Prepared, Renderer
-from kvembed._sessions.replies import Reply, Turn, exported, turns_of
+from kvembed._sessions.replies import Reply, Turn, exported, talk_html, turns_of
 from kvembed._units import format_count
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from kvembed._keys import TokenIds
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
@@ -208,3 +211,9 @@ class SessionView:
         turns = len(self.turns)
         tokens = len(self._renderer.history(self._branch).stream)
         return f"<Session {self.name!r}: {turns} turns, {format_count(tokens)} tokens>"
+
+    def _repr_mimebundle_(
+        self, include: Collection[str] | None = None, exclude: Collection[str] | None = None
+    ) -> dict[str, str]:
+        markup = talk_html(repr(self)[1:-1], self.system, self.documents, self.turns)
+        return mimebundle(repr(self), markup, include, exclude)
