@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Kernels"]
 
-_MOST = 64  # items of a table: KV_MOST
 _THREADS = 256
 _NAMES = ("kv_gather", "kv_scatter", "kv_quantise_rows", "kv_quantise_columns")
-_TABLES = {dtype.itemsize: np.dtype([("count", "<u8"), ("items", dtype, (_MOST,))]) for dtype in (SEGMENT, QUANT)}
+# As many items as fit into a kernel's arguments: KV_MOST_SEGMENTS, KV_MOST_QUANTS.
+_TABLES = {
+    dtype.itemsize: np.dtype([("count", "<u8"), ("items", dtype, (most,))])
+    for dtype, most in ((SEGMENT, 64), (QUANT, 60))
+}
 
 
 class Kernels:
@@ -97,25 +100,28 @@ class Kernels:
             ((tensors["group"] != Group.NONE) & (tensors["scales"] == 0), "scales"),
             ((tensors["src"] | tensors["head_pitch"] | tensors["token_pitch"]) % sizes != 0, "pitch"),
             ((tensors["src"] == 0) | (tensors["out"] == 0), "address"),
+            ((tensors["group"] == Group.CHANNEL) & (tensors["span"] == 0), "span"),
             ((tensors["heads"] == 0) | (tensors["tokens"] == 0) | (tensors["width"] == 0), "shape"),
         ):
             if wrong.any():
                 raise ValueError(f"tensor {int(np.argmax(wrong))} has a wrong {what}")
         columns = tensors["group"] == Group.CHANNEL
         by_column, by_row = tensors[columns], tensors[~columns]
-        heads = by_column["heads"].astype(np.uint64)
-        self._launch("kv_quantise_columns", by_column, QUANT, heads * by_column["width"], stream)
-        heads = by_row["heads"].astype(np.uint64)
-        self._launch("kv_quantise_rows", by_row, QUANT, heads * by_row["tokens"] * np.uint64(32), stream)
+        groups = -(-by_column["tokens"].astype(np.int64) // by_column["span"])
+        self._launch("kv_quantise_columns", by_column, QUANT, groups * by_column["heads"] * by_column["width"], stream)
+        lanes = 32 * by_row["tokens"].astype(np.int64)  # a warp for each token of each head
+        self._launch("kv_quantise_rows", by_row, QUANT, lanes * by_row["heads"], stream)
 
     def _launch(self, name: str, items: np.ndarray, dtype: np.dtype, work: np.ndarray, stream: int) -> None:
         check(items, dtype, "items")
-        for start in range(0, len(items), _MOST):
-            part = items[start : start + _MOST]
-            table = np.zeros(1, _TABLES[dtype.itemsize])
+        kind = _TABLES[dtype.itemsize]
+        table = np.zeros(1, kind)
+        most = table["items"].shape[1]
+        for start in range(0, len(items), most):
+            part = items[start : start + most]
             table["count"] = len(part)
             table["items"][0, : len(part)] = part
-            blocks = -(-int(work[start : start + _MOST].max()) // _THREADS)
+            blocks = -(-int(work[start : start + most].max()) // _THREADS)
             # Enough blocks to fill the device however the work is spread; the rest goes round in a loop.
             grid = (ctypes.c_uint32 * 3)(max(1, min(blocks, self._blocks)), len(part), 1)
             arguments = (ctypes.c_void_p * 1)(table.__array_interface__["data"][0])
@@ -135,4 +141,4 @@ def _work(segments: np.ndarray) -> np.ndarray:
         raise ValueError("a segment has no rows, or rows of no bytes")
     if len(segments) and not (segments["strided"].all() and segments["packed"].all()):
         raise ValueError("a segment has no address")
-    return segments["rows"] * -(-segments["row_bytes"].astype(np.int64) // 16).astype(np.uint64)
+    return segments["rows"].astype(np.int64) * -(-segments["row_bytes"].astype(np.int64) // 16)

@@ -22,11 +22,13 @@ SEGMENT = np.dtype([(name, "<u8") for name in ("strided", "packed", "pitch", "ro
 QUANT = np.dtype(
     [
         *[(name, "<u8") for name in ("src", "out", "scales", "head_pitch", "token_pitch")],
-        *[(name, "<u4") for name in ("heads", "tokens", "width")],
-        *[(name, "u1") for name in ("type", "code", "group", "reserved")],
+        *[(name, "<u4") for name in ("heads", "tokens", "width", "span")],
+        *[(name, "u1") for name in ("type", "code", "group")],
+        ("reserved", "u1", 5),
     ]
 )
-"""A tensor ``[heads, tokens, width]`` for `Kernels.quantise`; pitches in bytes, multiples of the element's size."""
+"""A tensor ``[heads, tokens, width]`` for `Kernels.quantise`. Pitches are in bytes, multiples of the element's size;
+``span`` tokens of a channel share a scale."""
 
 
 class Direction(IntEnum):
@@ -58,7 +60,7 @@ class Group(IntEnum):
     TOKEN = 0
     """Those of one head and token: scales are ``[heads, tokens]``."""
     CHANNEL = 1
-    """Those of one head and channel: scales are ``[heads, width]``."""
+    """Up to ``span`` tokens of one head and channel: scales are ``[heads, ceil(tokens / span), width]``."""
     NONE = 2
     """No scales."""
 

@@ -34,6 +34,6 @@ extern "C" __global__ void kv_quantise_rows(const __grid_constant__ KvQuants tab
 extern "C" __global__ void kv_quantise_columns(const __grid_constant__ KvQuants table) {
     if (blockIdx.y >= table.count) return;
     const KvQuant &q = table.items[blockIdx.y];
-    const uint64_t columns = (uint64_t)q.heads * q.width;
+    const uint64_t columns = kv_columns(q);
     for (uint64_t column = KV_THREAD; column < columns; column += KV_THREADS) kv_column(q, column);
 }

@@ -19,7 +19,8 @@
 
 /* Tables travel in the kernel's arguments, of which a launch takes 4 KB on every architecture. So there is no table in
  * memory that has to live until the kernel has run. */
-#define KV_MOST 64
+#define KV_MOST_SEGMENTS 64
+#define KV_MOST_QUANTS 60 /* keys and values of 30 layers */
 
 /* `rows` rows of `row_bytes` bytes. Row r lies at strided + (index ? index[r] : r) * pitch on one side, and at
  * packed + r * row_bytes on the other; index is the address of int64 numbers that the device can read, or 0. */
@@ -34,7 +35,7 @@ struct KvSegment {
 
 struct KvSegments {
     uint64_t count;
-    KvSegment items[KV_MOST];
+    KvSegment items[KV_MOST_SEGMENTS];
 };
 
 enum KvType { KV_F32 = 0, KV_F16 = 1, KV_BF16 = 2 };
@@ -42,7 +43,8 @@ enum KvCode { KV_INT8 = 0, KV_FP8_E4M3 = 1 };
 enum KvGroup { KV_BY_TOKEN = 0, KV_BY_CHANNEL = 1, KV_UNSCALED = 2 };
 
 /* One tensor [heads, tokens, width], width contiguous. Codes go to out, [heads, tokens, width] without gaps; float32
- * scales to scales: [heads, tokens] or [heads, width]. */
+ * scales to scales: [heads, tokens] by token, [heads, ceil(tokens / span), width] by channel, where up to span tokens
+ * share a scale. */
 struct KvQuant {
     uint64_t src;
     uint64_t out;
@@ -52,18 +54,19 @@ struct KvQuant {
     uint32_t heads;
     uint32_t tokens;
     uint32_t width;
+    uint32_t span;
     uint8_t type;
     uint8_t code;
     uint8_t group;
-    uint8_t reserved;
+    uint8_t reserved[5];
 };
 
 struct KvQuants {
     uint64_t count;
-    KvQuant items[KV_MOST];
+    KvQuant items[KV_MOST_QUANTS];
 };
 
-static_assert(sizeof(KvSegment) == 48 && sizeof(KvQuant) == 56, "the Python side has the same layout");
+static_assert(sizeof(KvSegment) == 48 && sizeof(KvQuant) == 64, "the Python side has the same layout");
 static_assert(sizeof(KvSegments) <= 4000 && sizeof(KvQuants) <= 4000, "a launch takes 4 KB of arguments");
 
 /* ---------------------------------------------------------------------------------- which byte goes where */
@@ -173,8 +176,8 @@ KV_BOTH uint8_t kv_fp8_e4m3(float x) {
 
 KV_BOTH uint8_t kv_encode(float x, float scale, int code, bool scaled) {
     if (scaled) {
-        if (!(scale > 0.0f)) return 0; /* zeros, or not finite */
-        x = x / scale;
+        if (scale != scale) return 0; /* not finite: there is nothing to say */
+        x = scale > 0.0f ? x / scale : kv_float(kv_bits(x) & 0x80000000u); /* a zero keeps its sign */
     }
     return code == KV_INT8 ? kv_int8(x) : kv_fp8_e4m3(x);
 }
@@ -205,19 +208,23 @@ KV_BOTH void kv_row_encode(const KvQuant &q, uint64_t row, uint32_t magnitude, u
     if (scaled && lane == 0) ((float *)(uintptr_t)q.scales)[row] = scale;
 }
 
-/* -- by channel: a thread has a column of its head ---------------------------------------------------------- */
+/* -- by channel: a thread has a column: span tokens of one channel of a head -------------------------------- */
+
+KV_BOTH uint64_t kv_columns(const KvQuant &q) { return (uint64_t)q.heads * ((q.tokens - 1) / q.span + 1) * q.width; }
 
 KV_BOTH void kv_column(const KvQuant &q, uint64_t column) {
-    const uint64_t head = column / q.width, channel = column % q.width;
-    const uint64_t from = q.src + head * q.head_pitch;
+    const uint64_t groups = (q.tokens - 1) / q.span + 1;
+    const uint64_t channel = column % q.width, group = column / q.width % groups, head = column / q.width / groups;
+    const uint64_t from = q.src + head * q.head_pitch, first = group * q.span;
+    const uint64_t end = first + q.span < q.tokens ? first + q.span : q.tokens;
     uint8_t *out = (uint8_t *)(uintptr_t)q.out + head * q.tokens * q.width + channel;
     uint32_t most = 0;
-    for (uint64_t t = 0; t < q.tokens; t++) {
+    for (uint64_t t = first; t < end; t++) {
         const uint32_t magnitude = kv_magnitude(kv_load(from + t * q.token_pitch, channel, q.type));
         most = magnitude > most ? magnitude : most;
     }
     const float scale = kv_scale(most, q.code);
-    for (uint64_t t = 0; t < q.tokens; t++)
+    for (uint64_t t = first; t < end; t++)
         out[t * q.width] = kv_encode(kv_load(from + t * q.token_pitch, channel, q.type), scale, q.code, true);
     ((float *)(uintptr_t)q.scales)[column] = scale;
 }

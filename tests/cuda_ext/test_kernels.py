@@ -32,21 +32,25 @@ def to_fp8(x: torch.Tensor) -> torch.Tensor:
     return held.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def reference(x: torch.Tensor, code: Code, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(x: torch.Tensor, code: Code, group: Group, span: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of ``[heads, tokens, width]``."""
     x = x.float()
+    if group is Group.CHANNEL and x.shape[1] > span:
+        parts = [reference(part, code, group, span) for part in x.split(span, dim=1)]
+        return torch.cat([codes for codes, _ in parts], 1), torch.cat([scales for _, scales in parts], 1)
     if group is Group.NONE:
         return to_fp8(x), torch.zeros(0)
     axis = 2 if group is Group.TOKEN else 1
     most = x.abs().amax(axis, keepdim=True)
     scale = most / torch.tensor(127.0 if code is Code.INT8 else 448.0)
     scale = torch.where(torch.isfinite(most), scale, torch.nan)
-    scaled = torch.where(scale > 0, x / scale, 0.0)
+    scaled = x / torch.where(scale > 0, scale, torch.inf)
+    scaled = torch.where(torch.isnan(scale), 0.0, scaled)
     if code is Code.INT8:
         codes = scaled.round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
     else:
-        codes = torch.where(scale > 0, to_fp8(scaled), 0)
-    return codes, scale.squeeze(axis)
+        codes = to_fp8(scaled)
+    return codes, scale
 
 
 def same_floats(a: np.ndarray, b: np.ndarray) -> bool:
@@ -89,13 +93,13 @@ def packed(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}Q", *values)
 
 
-def quant_case(x: torch.Tensor, kind: Type, code: Code, group: Group) -> bytes:
+def quant_case(x: torch.Tensor, kind: Type, code: Code, group: Group, span: int = 8) -> bytes:
     """A case of [heads, tokens, width] whose heads and tokens may lie apart."""
     size = x.element_size()
     nbytes = (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))) * size
     raw = x.as_strided((nbytes // size,), (1,)).view(torch.uint8).numpy().tobytes()
     pitches = x.stride(0) * size, x.stride(1) * size
-    return packed(2, kind, code, group, *x.shape, *pitches, len(raw)) + raw
+    return packed(2, kind, code, group, *x.shape, span, *pitches, len(raw)) + raw
 
 
 @pytest.mark.parametrize("kind", Type, ids=lambda kind: kind.name)
@@ -201,17 +205,17 @@ def test_a_block_quantised_on_its_way_out(driver: MockDriver, kernels: Kernels) 
     cache = torch.stack([numbers(torch.bfloat16, (2, 12, 32), seed) for seed in range(140)])
     part = cache[:, :, 3:11]
     codes = np.zeros((140, 2, 8, 32), np.uint8)
-    scales = [np.zeros((2, 32 if i % 2 else 8), np.float32) for i in range(140)]
+    scales = [np.zeros((2, 3, 32) if i % 2 else (2, 8, 1), np.float32) for i in range(140)]
     table = np.zeros(140, QUANT)
     for i in range(140):
         group = Group.CHANNEL if i % 2 else Group.TOKEN
         ends = address(part[i]), address(codes[i]), address(scales[i])
-        table[i] = (*ends, part.stride(1) * 2, part.stride(2) * 2, 2, 8, 32, Type.BFLOAT16, Code.INT8, group, 0)
+        table[i] = (*ends, part.stride(1) * 2, part.stride(2) * 2, 2, 8, 32, 3, Type.BFLOAT16, Code.INT8, group, 0)
     kernels.quantise(table, stream.handle)
     table[...] = 0
     stream.synchronize()
     for i in range(140):
-        want, want_scales = reference(part[i], Code.INT8, Group.CHANNEL if i % 2 else Group.TOKEN)
+        want, want_scales = reference(part[i], Code.INT8, Group.CHANNEL if i % 2 else Group.TOKEN, span=3)
         assert (codes[i] == want.numpy()).all()
         assert same_floats(scales[i], want_scales.numpy())
     assert driver.calls("cuLaunchKernel") == 4
@@ -239,7 +243,7 @@ def test_pages_gathered_and_scattered(driver: MockDriver, kernels: Kernels) -> N
 
 def test_what_kernels_refuse(driver: MockDriver, kernels: Kernels) -> None:
     good = np.zeros(2, QUANT)
-    good[:] = (4096, 4096, 4096, 64, 32, 1, 2, 16, Type.BFLOAT16, Code.INT8, Group.TOKEN, 0)
+    good[:] = (4096, 4096, 4096, 64, 32, 1, 2, 16, 0, Type.BFLOAT16, Code.INT8, Group.TOKEN, 0)
     for name, value, text in (
         ("type", 3, "type"),
         ("code", 2, "code"),
@@ -247,6 +251,7 @@ def test_what_kernels_refuse(driver: MockDriver, kernels: Kernels) -> None:
         ("group", Group.NONE, "int8 needs scales"),
         ("scales", 4098, "scales"),
         ("scales", 0, "scales"),
+        ("group", Group.CHANNEL, "span"),
         ("src", 4097, "pitch"),
         ("token_pitch", 33, "pitch"),
         ("out", 0, "address"),

@@ -44,15 +44,15 @@ static void move(bool gather) {
 static void quantise() {
     KvQuant q{};
     q.type = uint8_t(number()), q.code = uint8_t(number()), q.group = uint8_t(number());
-    q.heads = uint32_t(number()), q.tokens = uint32_t(number()), q.width = uint32_t(number());
+    q.heads = uint32_t(number()), q.tokens = uint32_t(number()), q.width = uint32_t(number()), q.span = uint32_t(number());
     q.head_pitch = number(), q.token_pitch = number();
     const uint64_t bytes = number();
     Buffer source(bytes, 0), out((size_t)q.heads * q.tokens * q.width, 0);
-    Buffer scales(q.group == KV_UNSCALED ? 0 : (size_t)q.heads * (q.group == KV_BY_TOKEN ? q.tokens : q.width) * 4, 0);
+    Buffer scales(q.group == KV_UNSCALED ? 0 : 4 * (q.group == KV_BY_TOKEN ? (size_t)q.heads * q.tokens : kv_columns(q)), 0);
     get(source.bytes, bytes);
     q.src = source.address(), q.out = out.address(), q.scales = scales.address();
     if (q.group == KV_BY_CHANNEL) {
-        for (uint64_t c = 0; c < (uint64_t)q.heads * q.width; c++) kv_column(q, c);
+        for (uint64_t c = 0; c < kv_columns(q); c++) kv_column(q, c);
     } else {
         for (uint64_t r = 0; r < (uint64_t)q.heads * q.tokens; r++) {
             uint32_t most = 0;

@@ -92,6 +92,7 @@ struct World {
 };
 
 std::recursive_mutex mutex;
+bool still;    // nothing runs by itself
 bool in_step;  // what runs in a callback queues, and runs nothing
 World world;
 thread_local std::vector<Context *> stack;
@@ -114,7 +115,7 @@ void run_quants(const Op &op) {
     for (uint64_t i = 0; i < op.quants.count; i++) {
         const KvQuant &q = op.quants.items[i];
         if (op.function == "kv_quantise_columns") {
-            for (uint64_t c = 0; c < (uint64_t)q.heads * q.width; c++) kv_column(q, c);
+            for (uint64_t c = 0; c < kv_columns(q); c++) kv_column(q, c);
             continue;
         }
         for (uint64_t r = 0; r < (uint64_t)q.heads * q.tokens; r++) {
@@ -166,7 +167,7 @@ bool step(StreamObject *stream) {
 }
 
 void progress() {
-    if (in_step || world.streams.empty()) return;
+    if (still || in_step || world.streams.empty()) return;
     if (!world.random.below(8)) world.streams[world.random.below(uint32_t(world.streams.size()))]->eager = world.random.below(5);
     size_t first = world.random.below(uint32_t(world.streams.size()));
     for (size_t i = 0; i < world.streams.size(); i++) {
@@ -637,6 +638,7 @@ EXPORT void mock_reset(int version, int devices, uint64_t seed) {
 }
 EXPORT void mock_seed(uint64_t seed) { world.random.state = seed * 2654435761u + 12345; }
 EXPORT void mock_fail(const char *name, int code, long after) { world.failures[name] = {code, after}; }
+EXPORT void mock_still(int on) { still = on != 0; }
 EXPORT void mock_lose(int code) { world.lost = code; }
 EXPORT void mock_max_pitch(int bytes) { world.max_pitch = bytes; }
 EXPORT long mock_calls(const char *name) { return world.calls[name]; }

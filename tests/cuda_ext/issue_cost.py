@@ -1,0 +1,70 @@
+"""Prints what it costs the calling thread to issue a block's copies, over a driver that only queues them.
+
+    PYTHONPATH=.:cuda_ext python -m tests.cuda_ext.issue_cost
+
+A real driver adds its own time, 2 to 3 µs a call on current ones. No test: it would depend on the machine's mood.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from kvembed_cuda import Direction, Stream, strips
+
+from kvembed._transfer.extension import CudaStreams
+
+from ._mock import build_kit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LAYERS, _HEADS, _TOKENS, _WIDTH = 30, 3, 256, 64  # SmolLM2: 60 strips
+
+
+def _microseconds(
+    function: Callable[[], object], after: Callable[[], object], times: int = 2000
+) -> tuple[float, float]:
+    took = []
+    for _ in range(times):
+        began = time.perf_counter()
+        function()
+        took.append(time.perf_counter() - began)
+        after()
+    took.sort()
+    return 1e6 * statistics.median(took), 1e6 * took[int(0.99 * len(took))]
+
+
+def main() -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        kit = build_kit(Path(folder))
+        cache = torch.zeros((2 * _LAYERS, _HEADS, 2 * _TOKENS, _WIDTH), dtype=torch.bfloat16)
+        host = torch.zeros((2 * _LAYERS, _HEADS, _TOKENS, _WIDTH), dtype=torch.bfloat16)
+        pairs = [(h, c[:, :_TOKENS]) for h, c in zip(host, cache, strict=True)]
+        row = _TOKENS * _WIDTH * 2
+        table = strips([(h.data_ptr(), c.data_ptr(), row, 2 * row, row, _HEADS) for h, c in pairs])
+        for version, batch in ((12040, False), (13000, True)):
+            driver = kit.open(version)
+            driver.mock.mock_still(1)
+            stream, streams = Stream(driver, 0), CudaStreams(driver, 0, lambda: 2, batch=batch)
+            ways: dict[str, Callable[[], object]] = {
+                "from a prepared array": lambda d=driver, s=stream, b=batch: d.copy(
+                    0, table, s.handle, Direction.TO_HOST, batch=b
+                ),
+                "from tensors": lambda s=stream, a=streams: a.copy(pairs, s, to_device=False),
+            }
+            for name, way in ways.items():
+                median, late = _microseconds(way, stream.synchronize)
+                kind = "one batch" if batch else "2-D copies"
+                print(f"{len(table)} strips, {kind}, {name}: {median:.0f} µs (99 %: {late:.0f} µs)")
+        assert np.array_equal(host.view(torch.uint8).numpy(), cache[:, :, :_TOKENS].view(torch.uint8).numpy())
+
+
+if __name__ == "__main__":
+    main()
