@@ -55,12 +55,13 @@ typedef CUresult(CUDAAPI *PFN_get_address)(const char *, void **, int, uint64_t,
 typedef CUresult(CUDAAPI *PFN_init)(unsigned int);
 typedef CUresult(CUDAAPI *PFN_version)(int *);
 
+/* Stream 0 means what it means to torch: the legacy default stream. */
 static int find_functions(kvc_driver *driver, PFN_get_address get, char *text, size_t size) {
     void *address;
     int found;
 #define KVC_FETCH(name, version, arguments)                                          \
     address = NULL;                                                                  \
-    if (get(#name, &address, version, 0, &found) != CUDA_SUCCESS || !address) {      \
+    if (get(#name, &address, version, CU_GET_PROC_ADDRESS_LEGACY_STREAM, &found) != CUDA_SUCCESS || !address) {      \
         snprintf(text, size, "the driver has no function " #name);                   \
         return KVC_OLD_DRIVER;                                                       \
     }                                                                                \
@@ -69,10 +70,10 @@ static int find_functions(kvc_driver *driver, PFN_get_address get, char *text, s
 #undef KVC_FETCH
     address = NULL;
     if (driver->version >= 13000) {
-        if (get("cuMemcpyBatchAsync", &address, 13000, 0, &found) == CUDA_SUCCESS && address)
+        if (get("cuMemcpyBatchAsync", &address, 13000, CU_GET_PROC_ADDRESS_LEGACY_STREAM, &found) == CUDA_SUCCESS && address)
             set_function(&driver->batch_13000, address);
     } else if (driver->version >= 12080) {
-        if (get("cuMemcpyBatchAsync", &address, 12080, 0, &found) == CUDA_SUCCESS && address)
+        if (get("cuMemcpyBatchAsync", &address, 12080, CU_GET_PROC_ADDRESS_LEGACY_STREAM, &found) == CUDA_SUCCESS && address)
             set_function(&driver->batch_12080, address);
     }
     return 0;

@@ -612,8 +612,9 @@ EXPORT int cuInit(unsigned) {
     return began("cuInit", false);
 }
 EXPORT int cuDriverGetVersion(int *out) { return *out = world.version, 0; }
-EXPORT int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t, int *found) {
+EXPORT int cuGetProcAddress_v2(const char *name, void **out, int version, uint64_t flags, int *found) {
     *out = nullptr;
+    if (flags != 1) return *found = 1, 1;  // stream 0 would be another
     if (version > world.version) return *found = 2, 500;
     for (const Entry &entry : entries)
         if (!strcmp(entry.name, name) && entry.since <= version) *out = entry.address;  // the latest form it may have
