@@ -116,7 +116,7 @@ class Kernels:
         check(items, dtype, "items")
         kind = _TABLES[dtype.itemsize]
         table = np.zeros(1, kind)
-        most = table["items"].shape[1]
+        (most,) = kind["items"].shape
         for start in range(0, len(items), most):
             part = items[start : start + most]
             table["count"] = len(part)
