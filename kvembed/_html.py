@@ -24,6 +24,7 @@ __all__ = [
     "mimebundle",
     "ordered_tiers",
     "panel",
+    "rgba",
     "table_html",
     "text_html",
 ]
@@ -111,6 +112,12 @@ def colour(name: str, alpha: float = 0.9) -> str:
     """Return the colour of a tier, which is seen on light and on dark pages."""
     red, green, blue = _COLOURS.get(name, (200, 90, 120))
     return f"rgba({red},{green},{blue},{alpha:g})"
+
+
+def rgba(name: str, alpha: float) -> tuple[float, float, float, float]:
+    """Return the same colour as matplotlib takes it."""
+    red, green, blue = _COLOURS.get(name, (200, 90, 120))
+    return red / 255, green / 255, blue / 255, alpha
 
 
 def table_html(rows: Iterable[Sequence[object]], header: Sequence[object] = (), *, right: bool = False) -> str:

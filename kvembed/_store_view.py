@@ -246,6 +246,22 @@ class StoreView:
         return [cached / prompt for prompt, cached in self._ledger.recent() if prompt]
 
     @explicit()
+    def growth(self) -> list[tuple[float, int]]:
+        """Return how the store on disk grew: seconds since 1970 and all bytes then, after each block, oldest first.
+
+        Of the blocks that are there now: what was evicted since is missing from all of it.
+        """
+        self._enter()
+        if self._catalog is None:
+            return []
+        found: list[tuple[float, int]] = []
+        total = 0
+        for row in self._catalog.rows("ORDER BY created"):
+            total += row.file_bytes
+            found.append((row.created, total))
+        return found
+
+    @explicit()
     def written_by_day(self, days: int = 30) -> dict[str, int]:
         """Return the bytes of block files written on the latest days that had any, oldest first."""
         self._enter()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvembed import plots
 from kvembed._errors import ConfigError
+from kvembed._figure import new_figure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,29 +28,12 @@ def plot(path: Path, curve: HitCurve, written: dict[str, int], limit: int | None
     Raises:
         ConfigError: matplotlib is missing, or cannot write this file.
     """
-    try:
-        # Not pyplot, which would choose a window system and keep the figure for ever.
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'kvembed[notebook]'") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure((10, 4))
     left, right = figure.subplots(1, 2)
-    left.set(xlabel="disk budget (GiB)", ylabel="hit rate (%)", ylim=(0, 100))
-    left.set_title(f"Hit rate by budget, {curve.calls:,} calls replayed (LRU)")
-    if curve.calls:
-        left.set_xscale("log")
-        sizes = [budget / 2**30 for budget in curve.budgets]
-        left.plot(sizes, [100 * rate for rate in curve.hit_rates], marker="o")
-        if curve.budget and curve.hit_rate is not None:
-            left.axvline(curve.budget / 2**30, linestyle="--", color="gray")
-            left.annotate(f"now {100 * curve.hit_rate:.0f} %", (curve.budget / 2**30, 5), rotation=90, ha="right")
-    right.set(title="Written to disk by day", ylabel="GiB")
-    days = list(written)
-    right.bar(range(len(days)), [nbytes / 2**30 for nbytes in written.values()])
-    right.set_xticks(range(len(days)), [day[5:] for day in days], rotation=90)
-    if limit:
-        right.axhline(limit / 2**30, linestyle="--", color="gray")
+    plots.hit_rates(curve, ax=left)
+    plots.written(written, limit=limit, ax=right)
     try:
-        figure.savefig(path)
+        # Some of what shows pictures shows transparent ones on black.
+        figure.savefig(path, facecolor="white")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the plot to {path}: {error}") from error
