@@ -8,15 +8,28 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import ConfigError
 from kvembed._units import parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["DiskBudget", "NamespaceQuotas", "cpu_budget", "disk_budget", "physical_memory", "write_budget"]
+    import torch
+
+__all__ = [
+    "DiskBudget",
+    "NamespaceQuotas",
+    "check_gpu_budget",
+    "cpu_budget",
+    "disk_budget",
+    "free_gpu_memory",
+    "gpu_budget",
+    "has_gpu",
+    "physical_memory",
+    "write_budget",
+]
 
 _AUTO_CPU = 4 << 30
 _AUTO_DISK = 20 << 30
@@ -73,6 +86,58 @@ def cpu_budget(value: int | float | str | None) -> int:
     if value == "auto":
         return min(_AUTO_CPU, memory // 4)
     return parse_bytes(value, of=memory, name="max_cpu_bytes")
+
+
+def has_gpu() -> bool:
+    """True when torch finds a device beside the CPU."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def free_gpu_memory(devices: Iterable[torch.device]) -> int:
+    """Return the free bytes of some devices together; 0 where that cannot be asked."""
+    import torch
+
+    free = 0
+    for device in devices:
+        module: Any = torch.get_device_module(device)
+        with contextlib.suppress(RuntimeError, AttributeError):
+            if device.type == "mps":
+                free += module.recommended_max_memory() - module.driver_allocated_memory()
+            else:
+                free += module.mem_get_info(device)[0]
+    return max(0, free)
+
+
+def check_gpu_budget(value: int | float | str | None) -> None:
+    """Raise unless a budget for devices can be read, and there is a device to have one.
+
+    Raises:
+        ConfigError: It cannot work.
+    """
+    if value is None or value == "auto" or parse_bytes(value, of=1, name="max_gpu_bytes") == 0 == value:
+        return
+    if not has_gpu():
+        raise ConfigError(
+            f"max_gpu_bytes={value!r} is for blocks on a GPU, and torch finds none here: leave it out, or install a "
+            "build of torch for your device"
+        )
+
+
+def gpu_budget(value: int | float | str | None, free: int) -> int:
+    """Return the bytes of the gpu tier; 0 turns it off.
+
+    Args:
+        value: Bytes, text such as ``"8GiB"`` or ``"50%"`` (of what is free), ``"auto"``, or None for no tier.
+        free: Free bytes of the devices, once the model is on them.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    if value is None:
+        return 0
+    return free // 2 if value == "auto" else parse_bytes(value, of=free, name="max_gpu_bytes")
 
 
 def disk_budget(value: int | float | str | None, folder: Path, used: int) -> int:

@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kvembed import hf
-from kvembed._block import Block, BlockInfo
+from kvembed._block import BlockInfo
+from kvembed._devices import Devices
 from kvembed._html import COMPUTED
 from kvembed._keys import PROBE_TOKENS, as_token_ids, block_key, root_key
 from kvembed._live import LivePool, LiveSequence
@@ -28,7 +28,6 @@ from kvembed._prefill import Prefill
 from kvembed._restore import Piece, Restore
 from kvembed._states import Snapshots
 from kvembed._stats import TierStats
-from kvembed._transfer import Transfers
 from kvembed._tree import LiveTokens
 from kvembed._wrapped import WrappedModel
 
@@ -64,29 +63,22 @@ class Engine:
         self.block_size = block_size
         self.salt = cache_salt
         self._owner = f"live-{id(self):x}"
-        self.live = LivePool(max_live, self._live_budget())
-        self._pool = HostPool(self.live.max_bytes if max_live and self._on_host else 0)
-        self.transfers = Transfers()
+        self.live = LivePool(max_live, 0)
+        self._pool = HostPool(0)
+        self._devices = Devices(store, model.device)
         self.wrapped = WrappedModel(model, store, block_size)
         self.speeds = Speeds(store)
         self._adopt()
 
     # --- the model -------------------------------------------------------------------------------------
 
-    def _live_budget(self) -> int:
-        device = self.model.device
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory // 4
-        return self.store.max_cpu_bytes // 2 if device.type == "cpu" else 1 << 30
-
     def _adopt(self) -> None:
         """Start the key chain from the model's identity, and touch memory someone may be about to need."""
         fingerprint = self.wrapped.fingerprint
         self.root = root_key(fingerprint.digest, self.salt) if fingerprint is not None else b""
         if self.refusal is None:
-            # Staging for one layer of one block, now and not in a call.
-            for _, rows in self.spec.rows():
-                self.transfers.of(rows.device).prepare(self.block_size * rows.token_nbytes)
+            self.live.max_bytes = self._devices.prepare(self.spec, self.block_size) // 2
+            self._pool.limit(self.live.max_bytes if self.live.max_sequences and self._on_host else 0)
             self._prepare_memory()
 
     @property
@@ -154,7 +146,7 @@ class Engine:
 
     @property
     def _live_tier(self) -> str:
-        return "live" if self.model.device.type == "cpu" else "gpu"
+        return "live" if self._on_host else "gpu"
 
     def plan(self, match: Match) -> Plan:
         """Decide what of a match is restored, and what is computed because that is faster."""
@@ -189,11 +181,11 @@ class Engine:
         if not pieces:
             return sequence, None, runs
         if front:
-            restore = Restore(sequence.cache, pieces, self.block_size, self.transfers, behind=True)
+            restore = Restore(sequence.cache, pieces, self.block_size, self._devices.transfers, behind=True)
             restore.start()
             return sequence, restore, runs
         exact_before = sequence.exact == match.live_tokens
-        restore = Restore(sequence.cache, pieces, self.block_size, self.transfers)
+        restore = Restore(sequence.cache, pieces, self.block_size, self._devices.transfers)
         length = restore.length
         sequence.ids = ids[:length]
         full = length // self.block_size
@@ -357,16 +349,19 @@ class Engine:
         known = self.store.lookup([key])
         if known and (known[0].info.exact or not exact):
             return 0
-        data = hf.capture(sequence.cache, self.spec.layout, start, end)
-        info = BlockInfo(key, parent, self.fingerprint.digest, start, end - start, exact, data.nbytes)
-        self.store.put(Block(info, ids, self.spec.layout, data))
+        layout = self.spec.layout
+        info = BlockInfo(key, parent, self.fingerprint.digest, start, end - start, exact, layout.nbytes(end - start))
+        self.store.put(self._devices.block(sequence.cache, info, ids, layout))
         return end - start
 
     def keep(self, sequence: LiveSequence) -> None:
         """Keep a finished sequence live."""
         self._note_length(len(sequence.ids))
-        self.live.add(sequence)
+        gone = self.live.add(sequence)
         self._account()
+        for old in gone:
+            self._parent(old, old.captured)  # names its blocks
+            self._devices.leave(old, self.spec, self.fingerprint.digest)
 
     def live_tokens(self) -> list[LiveTokens]:
         """Return what the live sequences hold, for `kvembed._tree`."""
@@ -376,7 +371,7 @@ class Engine:
     def live_stats(self) -> TierStats:
         """Return how full the live tier is; its blocks are sequences, its bytes those kept for the next ones too."""
         nbytes = self.live.nbytes + (self._pool.free_bytes if self._on_host else 0)
-        return TierStats(self._live_tier, len(self.live), nbytes, self.live.max_bytes, 0, 0)
+        return TierStats("live", len(self.live), nbytes, self.live.max_bytes, 0, 0)
 
     def drop_live(self) -> None:
         """Forget the live sequences; their blocks stay stored."""
@@ -390,14 +385,17 @@ class Engine:
 
     @property
     def _on_host(self) -> bool:
-        return self.model.device.type == "cpu"
+        return self._devices.on_host
 
     def _account(self) -> None:
         """Count live caches, and memory kept for the next ones, against the budget in host memory."""
         if self.store.closed:
             return  # nothing is counted any more
         self._pool.limit(self.live.max_bytes - self.live.nbytes)
-        self.store.reserve(self._owner, self.live.nbytes + self._pool.free_bytes if self._on_host else 0)
+        if self._on_host:
+            self.store.reserve(self._owner, self.live.nbytes + self._pool.free_bytes)
+        else:
+            self.store.reserve(self._owner, self.live.nbytes, on_device=True)
 
     def _prepare_memory(self) -> None:
         """Touch memory for what this model's longest stored sequence needs: someone is about to come back to it."""
@@ -414,7 +412,8 @@ class Engine:
     def close(self) -> None:
         """Release the live sequences and their memory."""
         self.live.clear()
-        self.transfers.close()
+        self._devices.close()
         self._pool.limit(0)
         if not self.store.closed:
-            self.store.reserve(self._owner, 0)
+            for on_device in (False, True):
+                self.store.reserve(self._owner, 0, on_device=on_device)

@@ -189,19 +189,19 @@ class Eraser:
     # -- what is there -----------------------------------------------------------------------------
 
     def _held(self, keys: list[bytes]) -> dict[bytes, BlockInfo]:
-        cpu, catalog = self._store._cpu, self._store._catalog
+        catalog = self._store._catalog
         found = dict(catalog.get(keys)) if catalog is not None else {}
-        if cpu is not None:
-            found |= {info.key: info for info in cpu.contains(keys) if info is not None}
+        for tier in self._store._memory:
+            found |= {info.key: info for info in tier.contains(keys) if info is not None}
         return found
 
     def _children(self, parent: bytes) -> list[BlockInfo]:
-        cpu, catalog = self._store._cpu, self._store._catalog
+        catalog = self._store._catalog
         found: dict[bytes, BlockInfo] = {}
         if catalog is not None:
             found = {info.key: info for info in catalog.children(parent, limit=-1)}
-        if cpu is not None:
-            found |= {info.key: info for info in cpu.children(parent)}
+        for tier in self._store._memory:
+            found |= {info.key: info for info in tier.children(parent)}
         return list(found.values())
 
     def _ids(self, key: bytes) -> TokenIds | None:
@@ -224,9 +224,9 @@ class Eraser:
         info, ids = self._held([key]).get(key), self._ids(key)
         if info is None or ids is None or len(ids) < PROBE_TOKENS:
             return [key]
-        cpu, catalog = self._store._cpu, self._store._catalog
+        catalog = self._store._catalog
         probe = probe_of(info.parent, ids)
-        found = {tail.key for tail in cpu.tails(info.parent, probe)} if cpu is not None else set[bytes]()
+        found = {tail.key for tier in self._store._memory for tail in tier.tails(info.parent, probe)}
         if catalog is not None:
             found |= {tail.key for tail in catalog.tails(info.parent, probe, limit=-1)}
         return [other for other in found if self._shared(other, ids) == len(ids)]

@@ -106,11 +106,13 @@ class LivePool:
         """Remove a sequence: a call is about to append to it."""
         self._sequences.remove(sequence)
 
-    def add(self, sequence: LiveSequence) -> None:
-        """Add a sequence as the newest; the oldest go when there are too many."""
+    def add(self, sequence: LiveSequence) -> list[LiveSequence]:
+        """Add a sequence as the newest; the oldest go when there are too many, and are returned."""
         self._sequences.insert(0, sequence)
+        gone: list[LiveSequence] = []
         while self._sequences and (len(self._sequences) > self.max_sequences or self.nbytes > self.max_bytes):
-            self._sequences.pop()
+            gone.append(self._sequences.pop())
+        return gone
 
     def clear(self) -> None:
         """Forget all of them."""

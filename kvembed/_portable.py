@@ -180,7 +180,7 @@ def _write_member(fd: int, name: str, buffers: Sequence[memoryview]) -> int:
 
 
 def _block(store: StoreAdmin, key: bytes, cut: int | None, *, header_only: bool = False) -> Block:
-    held = store._cpu.get(key) if store._cpu is not None else None
+    held = next((block for tier in store._memory if (block := tier.get(key)) is not None), None)
     if held is None and store._disk is not None:
         source = store._disk.open(key)
         if source is not None:

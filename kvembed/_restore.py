@@ -18,9 +18,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from kvembed import hf
 from kvembed._errors import KVEmbedError
+from kvembed._tiers.cpu import MemorySource
+from kvembed._tiers.gpu import DeviceSource
 from kvembed._transfer import Strip, Transfers
+from kvembed._transfer.plain import PlainTransfer
+from kvembed._transfer.streams import note_use
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,7 +93,7 @@ class Restore:
         *,
         behind: bool = False,
     ) -> None:
-        transfers = transfers or Transfers()
+        transfers = transfers or Transfers(PlainTransfer)
         self._layers = hf.layers_of(cache)
         self._pieces = list(pieces)
         self._length = self._pieces[-1].end
@@ -102,6 +108,7 @@ class Restore:
             ]
         self._engines = [transfers.of(layer.device) for layer in self._layers]
         self._marks: dict[TransferEngine, Mark | None] = {}
+        self._resident: list[list[tuple[list[torch.Tensor], DeviceSource, int]]] = [[] for _ in self._layers]
         self._tickets: list[Ticket | None] = [None for _ in self._layers]  # the last of each: see `TransferEngine`
         self._filled = 0
         self._ready = [threading.Event() for _ in self._layers]
@@ -185,6 +192,15 @@ class Restore:
                 layer.load_rows(piece.source, 2 * index, start, piece.end, skip)
             return
         targets = [rows[0] for rows in layer.rows(start, piece.end)]
+        if isinstance(piece.source, DeviceSource):
+            self._resident[index].append((targets, piece.source, skip))
+            return
+        if isinstance(piece.source, MemorySource):
+            hosts = [piece.source.view(2 * index + i, t.shape[1], skip) for i, t in enumerate(targets)]
+            if all(engine.is_pinned(host) for host in hosts):
+                strips = [Strip(host, target) for host, target in zip(hosts, targets, strict=True)]
+                self._tickets[index] = engine.to_device(strips, self._marks[engine])
+                return
         sizes = [target.numel() * target.element_size() for target in targets]
         staging = engine.staging(sum(sizes))
         try:
@@ -206,19 +222,29 @@ class Restore:
         self._ready[layer].wait()
         if self._error is not None:
             raise self._error
-        ticket = self._tickets[layer]
-        if ticket is not None:
-            ticket.wait_compute()
+        self._arrive(layer)
 
     @property
     def complete(self) -> bool:
         """True when every layer's rows were filled: a cache of which that is not true must not be kept."""
         return self._filled == len(self._layers)
 
+    def _arrive(self, layer: int) -> None:
+        """Have the calling thread's computations find the rows of a layer; called by the thread that computes."""
+        ticket = self._tickets[layer]
+        if ticket is not None:
+            ticket.wait_compute()
+        resident, self._resident[layer] = self._resident[layer], []
+        for targets, source, skip in resident:
+            # On the device already: a copy among others that compute queues, in order with them.
+            for i, target in enumerate(targets):
+                tensor = source.on_device(2 * layer + i, target.shape[1], skip)
+                note_use(tensor)
+                target.view(torch.uint8).copy_(tensor, non_blocking=True)
+
     def _wait_compute(self) -> None:
-        for ticket in self._tickets:
-            if ticket is not None:
-                ticket.wait_compute()
+        for layer in range(len(self._layers)):
+            self._arrive(layer)
 
     def finish(self) -> None:
         """Wait for the readers and release the blocks; raises `RestoreError` like `wait`."""

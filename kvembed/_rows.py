@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kvembed._tiers._base import BlockSource
 
-__all__ = ["Gate", "Rows", "as_bytes"]
+__all__ = ["Fence", "Gate", "Rows", "as_bytes"]
 
 
 class Gate(Protocol):
@@ -22,6 +22,14 @@ class Gate(Protocol):
 
     def wait(self, layer: int) -> None:
         """Return when rows of ``layer`` are complete; raise when they cannot be."""
+        ...
+
+
+class Fence(Protocol):
+    """A copy out of the rows that is under way."""
+
+    def wait_compute(self) -> None:
+        """Have the device finish it before anything that is queued from now on."""
         ...
 
 
@@ -50,6 +58,7 @@ class Rows:
         self.captured = 0  # tokens before this one may be dropped once they leave the window
         self._length = 0
         self._gate: Gate | None = None
+        self._leaving: Fence | None = None
         self._set_buffers(k, v)
 
     def _set_buffers(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -105,6 +114,15 @@ class Rows:
         gate, self._gate = self._gate, None
         if gate is not None:
             gate.wait(self.index)
+
+    def protect(self, fence: Fence) -> None:
+        """Say that rows are being copied out: they are not overwritten before that has ended."""
+        self._leaving = fence
+
+    def _before_overwriting(self) -> None:
+        fence, self._leaving = self._leaving, None
+        if fence is not None:
+            fence.wait_compute()
 
     def rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values ``[1, heads, end - start, width]`` of tokens ``start..end`` as views."""

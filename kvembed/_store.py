@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from kvembed._budgets import cpu_budget
+from kvembed._budgets import check_gpu_budget, cpu_budget, free_gpu_memory, gpu_budget
 from kvembed._errors import ConfigError, KVEmbedError, StoreClosedError, StoreWarning
 from kvembed._html import mimebundle, panel
 from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    import torch
+
     from kvembed._admission import Admission
     from kvembed._block import Block, BlockInfo
     from kvembed._blockfile import BlockFileSource
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from kvembed._keys import TokenIds
     from kvembed._tiers._base import BlockSource
     from kvembed._tiers.disk import DiskTier
+    from kvembed._tiers.gpu import GpuTier
+    from kvembed._transfer import Transfers
     from kvembed._usage import Usage
 
 __all__ = ["KVStore", "PrefixEntry", "PruneReport", "StoreStats", "StoredBlock", "VerifyReport"]
@@ -52,6 +56,9 @@ class KVStore(StoreAdmin):
         path: Folder on disk; the default is the ``store`` folder in kvembed's cache folder.
         max_cpu_bytes: Budget in host memory: bytes, ``"4GiB"``, ``"10%"`` of memory, or None for none. ``"auto"``
             is 4 GiB, at most a quarter of the memory.
+        max_gpu_bytes: Budget on the devices that models compute on, live caches and blocks together: as above,
+            percentages are of what is free once the first model is there. ``"auto"`` is half of that, and nothing
+            without a GPU.
         max_disk_bytes: Budget on disk as `du` counts it; as above, percentages are of the free space. ``"auto"``
             is 20 GiB, at most a quarter of the free space. Shares follow the free space as it changes. None keeps
             everything in memory.
@@ -86,6 +93,7 @@ class KVStore(StoreAdmin):
         path: str | os.PathLike[str] | None = None,
         *,
         max_cpu_bytes: int | str | None = "auto",
+        max_gpu_bytes: int | str | None = "auto",
         max_disk_bytes: int | str | None = "auto",
         max_write_bytes_per_day: int | str | None = "auto",
         max_namespace_bytes: int | str | Mapping[str, int | str] | None = None,
@@ -97,6 +105,9 @@ class KVStore(StoreAdmin):
     ) -> None:
         from kvembed._store_open import DiskOptions, chores, open_disk, open_folder
 
+        check_gpu_budget(max_gpu_bytes)
+        self._gpu: GpuTier | None = None
+        self._gpu_value = max_gpu_bytes
         self._options = options = DiskOptions(
             max_disk_bytes, max_write_bytes_per_day, max_namespace_bytes, write_policy, ttl, durability, key
         )
@@ -108,7 +119,7 @@ class KVStore(StoreAdmin):
         self._spaces: dict[bytes, dict[str, Any]] = {}
         self._notes: dict[tuple[bytes, str], Any] = {}
         self._memory_pins: dict[str, list[bytes]] = {}
-        self._tier_hits: dict[str, list[int]] = {"cpu": [0, 0, 0], "disk": [0, 0, 0]}
+        self._tier_hits: dict[str, list[int]] = {name: [0, 0, 0] for name in ("gpu", "cpu", "disk")}
         # What tiers and writer call must not be methods of the store: they would keep it alive.
         self._seconds_per_token: dict[bytes, float] = {}
         memory = cpu_budget(max_cpu_bytes)
@@ -180,6 +191,7 @@ class KVStore(StoreAdmin):
                 self._catalog.after_fork()
             if self._cpu is not None:
                 self._cpu.after_fork()
+            self._gpu = None  # no driver lets a forked child use the parent's device
             self._ledger.after_fork()
             if self._admission is not None:
                 self._admission.after_fork()
@@ -198,6 +210,11 @@ class KVStore(StoreAdmin):
         return self._cpu.max_bytes if self._cpu is not None else 0
 
     @property
+    def max_gpu_bytes(self) -> int:
+        """Budget on the devices, 0 when the tier is off or no model is on one yet."""
+        return self._gpu.max_bytes if self._gpu is not None else 0
+
+    @property
     def max_disk_bytes(self) -> int:
         """Budget on disk, 0 when the tier is off."""
         return self._disk.max_bytes if self._disk is not None else 0
@@ -214,16 +231,15 @@ class KVStore(StoreAdmin):
         self._enter()
         keys = list(keys)
         result: list[StoredBlock] = []
-        here = self._cpu.contains(keys) if self._cpu is not None else [None] * len(keys)
-        fits = [info is not None and (info.exact or not exact_only) for info in here]
+        here = self._here(keys, exact_only=exact_only)
         on_disk: dict[bytes, BlockInfo] = {}
-        if self._disk is not None and not all(fits):
+        if self._disk is not None and None in here:
             with self._quiet("lookup"):
-                wanted = [key for key, fit in zip(keys, fits, strict=True) if not fit]
+                wanted = [key for key, stored in zip(keys, here, strict=True) if stored is None]
                 on_disk = {info.key: info for info in self._disk.contains(wanted) if info is not None}
-        for key, info, fit in zip(keys, here, fits, strict=True):
-            if fit and info is not None:
-                result.append(StoredBlock(info, "cpu"))
+        for key, stored in zip(keys, here, strict=True):
+            if stored is not None:
+                result.append(stored)
                 continue
             found = on_disk.get(key)
             if found is None or (exact_only and not found.exact):
@@ -231,12 +247,20 @@ class KVStore(StoreAdmin):
             result.append(StoredBlock(found, "disk"))
         return result
 
+    def _here(self, keys: Sequence[bytes], *, exact_only: bool = False) -> list[StoredBlock | None]:
+        """Return what memory has of each key, on a device or on the host."""
+        result: list[StoredBlock | None] = [None] * len(keys)
+        for tier in self._memory:
+            for i, info in enumerate(tier.contains(keys)):
+                if result[i] is None and info is not None and (info.exact or not exact_only):
+                    result[i] = StoredBlock(info, tier.name)
+        return result
+
     def known(self, keys: Sequence[bytes]) -> list[StoredBlock | None]:
         """Return, for each key, the stored block, or None when there is none."""
         self._enter()
         keys = list(keys)
-        here = self._cpu.contains(keys) if self._cpu is not None else [None] * len(keys)
-        result = [None if info is None else StoredBlock(info, "cpu") for info in here]
+        result = self._here(keys)
         missing = [i for i, stored in enumerate(result) if stored is None]
         if self._disk is not None and missing:
             with self._quiet("lookup"):
@@ -262,8 +286,8 @@ class KVStore(StoreAdmin):
         if self._disk is not None:
             with self._quiet("find_tail"):
                 candidates = {info.key: StoredBlock(info, "disk") for info in self._disk.tails(parent, probe)}
-        if self._cpu is not None:
-            candidates |= {info.key: StoredBlock(info, "cpu") for info in self._cpu.tails(parent, probe)}
+        for tier in reversed(self._memory):
+            candidates |= {info.key: StoredBlock(info, tier.name) for info in tier.tails(parent, probe)}
         best: tuple[StoredBlock, int] | None = None
         best_rank: tuple[int, bool, bool, int] | None = None
         for stored in candidates.values():
@@ -274,7 +298,7 @@ class KVStore(StoreAdmin):
             differs = np.flatnonzero(own[:n] != ids[:n])
             shared = int(differs[0]) if len(differs) else n
             # Among equals the exact one, then the faster one, then the shorter: less to read.
-            rank = (shared, stored.info.exact, stored.tier == "cpu", -stored.info.n_tokens)
+            rank = (shared, stored.info.exact, stored.tier != "disk", -stored.info.n_tokens)
             if shared >= PROBE_TOKENS and (best_rank is None or rank > best_rank):
                 best, best_rank = (stored, shared), rank
         return best
@@ -285,9 +309,10 @@ class KVStore(StoreAdmin):
         return self._token_ids(key)
 
     def _token_ids(self, key: bytes) -> TokenIds | None:
-        block = self._cpu.get(key) if self._cpu is not None else None
-        if block is not None:
-            return block.token_ids
+        for tier in self._memory:
+            block = tier.get(key)
+            if block is not None:
+                return block.token_ids
         with self._lock:
             ids = self._ids.get(key)
             if ids is not None:
@@ -311,8 +336,8 @@ class KVStore(StoreAdmin):
         if self._disk is not None:
             with self._quiet("children"):
                 found = {info.key: info for info in self._disk.children(parent)}
-        if self._cpu is not None:
-            found |= {info.key: info for info in self._cpu.children(parent)}
+        for tier in self._memory:
+            found |= {info.key: info for info in tier.children(parent)}
         found.pop(snapshot_key(parent), None)
         return list(found.values())
 
@@ -335,7 +360,7 @@ class KVStore(StoreAdmin):
             exact_only: Pass over a copy that is not exact.
         """
         self._enter()
-        for tier in (self._cpu, self._disk):
+        for tier in (self._gpu, self._cpu, self._disk):
             source: BlockSource | None = tier.open(key) if tier is not None else None
             if source is None:
                 continue
@@ -376,8 +401,8 @@ class KVStore(StoreAdmin):
         self._enter()
         keys = list(keys)
         here = self._cpu.contains(keys[:1])[0] if self._cpu is not None and keys else None
-        if self._cpu is not None:
-            self._cpu.touch(keys)
+        for tier in self._memory:
+            tier.touch(keys)
         disk = self._writable()
         if disk is not None:
             disk.touch(keys)
@@ -403,19 +428,41 @@ class KVStore(StoreAdmin):
     def discard(self, key: bytes, reason: str) -> None:
         """Drop a block that turned out to be wrong; its file is kept aside as evidence."""
         self._enter()
-        if self._cpu is not None:
-            self._cpu.remove([key])
+        for tier in self._memory:
+            tier.remove([key])
         if self._disk is not None:
             with self._quiet("discard"):
                 self._disk.quarantine(key, reason)
         else:
             self._problems.report(f"bad:{key.hex()}", f"block {key.hex()[:12]} was dropped: {reason}")
 
-    def reserve(self, owner: str, nbytes: int) -> None:
-        """Count bytes of a live cache against the budget of host memory; 0 gives them back."""
+    def reserve(self, owner: str, nbytes: int, *, on_device: bool = False) -> None:
+        """Count bytes of a live cache against the budget of host memory, or of devices; 0 gives them back."""
         self._enter()
-        if self._cpu is not None:
-            self._cpu.reserve(owner, nbytes)
+        tier = self._gpu if on_device else self._cpu
+        if tier is not None:
+            tier.reserve(owner, nbytes)
+
+    def use_devices(self, transfers: Transfers, devices: Sequence[torch.device]) -> None:
+        """Make the gpu tier, for a model that computes on ``devices``; its budget is set by the first such model."""
+        self._enter()
+        if self._gpu is not None or not devices:
+            return
+        budget = gpu_budget(self._gpu_value, free_gpu_memory(devices))
+        if budget:
+            from kvembed._tiers.gpu import GpuTier, keeper
+
+            keep = keeper(self._cpu, self._disk)
+            self._gpu = GpuTier(budget, transfers, devices[0], keep, self._seconds_per_token.get)
+
+    def put_on_device(self, block: Block) -> bool:
+        """Keep a block in the memory of its device too; False when there is no room, or no such tier."""
+        self._enter()
+        return self._gpu is not None and self._gpu.put(block)
+
+    def on_device(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which blocks the gpu tier has."""
+        return [info is not None for info in self._gpu.contains(keys)] if self._gpu is not None else [False] * len(keys)
 
     def report_problem(self, kind: str, message: str) -> None:
         """Note something that the user should be told once; see `take_problems`."""
@@ -458,8 +505,8 @@ class KVStore(StoreAdmin):
         self._closed = True
         if self._catalog is not None:
             self._catalog.close()
-        if self._cpu is not None:
-            self._cpu.clear()
+        for tier in self._memory:
+            tier.clear()
 
     def __enter__(self) -> KVStore:
         """Return the store itself."""

@@ -101,8 +101,8 @@ class StoreAdmin(StoreView):
 
     def _pin_in_memory(self) -> None:
         # With a disk tier a pinned block is safe there; only without one must memory spare it.
-        if self._cpu is not None:
-            self._cpu.set_pinned(key for keys in self._memory_pins.values() for key in keys)
+        for tier in self._memory:
+            tier.set_pinned(key for keys in self._memory_pins.values() for key in keys)
 
     # -- deleting ----------------------------------------------------------------------------------
 
@@ -149,30 +149,32 @@ class StoreAdmin(StoreView):
 
         Args:
             keys: The blocks, such as those of a row of `prefixes`.
-            tier: ``"cpu"`` or ``"disk"``; None for both.
+            tier: ``"gpu"``, ``"cpu"`` or ``"disk"``; None for all.
 
         Raises:
             ConfigError: There is no such tier.
             StoreReadOnlyError: The store was opened read-only.
         """
-        if tier not in (None, "cpu", "disk"):
-            raise ConfigError(f"blocks lie in the tiers 'cpu' and 'disk', not in {tier!r}")
+        if tier not in (None, "gpu", "cpu", "disk"):
+            raise ConfigError(f"blocks lie in the tiers 'gpu', 'cpu' and 'disk', not in {tier!r}")
         self._begin_change()
         keys = list(keys)
         dropped: dict[bytes, int] = {}
         spared = set[bytes]()
-        if self._disk is not None and tier != "cpu":
+        if self._disk is not None and tier in (None, "disk"):
             infos = {info.key: info for info in self._disk.catalog.subtree(keys)}
             gone = self._disk.evict(infos)
             dropped |= {key: infos[key].nbytes for key in gone}
             spared |= infos.keys() - set(gone)
             if self._cpu is not None:
                 self._cpu.left_disk(gone)
-        if self._cpu is not None and tier != "disk":
-            infos = {info.key: info for info in self._cpu.subtree(keys)}
+        for memory in self._memory:
+            if tier not in (None, memory.name):
+                continue
+            infos = {info.key: info for info in memory.subtree(keys)}
             pinned = {key for held in self.pins().values() for key in held} & infos.keys()
             safe = self._disk.catalog.get(list(pinned)) if self._disk is not None else {}
-            gone = self._cpu.evict(infos, pinned - safe.keys())
+            gone = memory.evict(infos, pinned - safe.keys())
             dropped |= {key: infos[key].nbytes for key in gone}
             spared |= infos.keys() - set(gone)
         return EvictReport(len(dropped), sum(dropped.values()), len(spared))
@@ -240,9 +242,9 @@ class StoreAdmin(StoreView):
             self._ledger.forget(keys)
             if self._admission is not None:
                 self._admission.forget(keys)
-        if self._cpu is not None:
-            here.update(info.key for info in self._cpu.contains(keys) if info is not None)
-            self._cpu.remove(keys)
+        for tier in self._memory:
+            here.update(info.key for info in tier.contains(keys) if info is not None)
+            tier.remove(keys)
         if self._disk is not None:
             here.update(self._disk.catalog.get(keys))
             self._disk.remove(keys)
@@ -255,9 +257,9 @@ class StoreAdmin(StoreView):
         self._begin_change()
         for name in self.pins():
             self.unpin(name)
-        keys = {info.key for info in self._cpu.infos()} if self._cpu is not None else set[bytes]()
-        if self._cpu is not None:
-            self._cpu.clear()
+        keys = set(self._in_memory())
+        for tier in self._memory:
+            tier.clear()
         self._ledger.forget(None)
         if self._admission is not None:
             self._admission.forget(None)

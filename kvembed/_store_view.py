@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvembed._store_types import ProblemLog
     from kvembed._tiers.cpu import CpuTier
     from kvembed._tiers.disk import DiskTier
+    from kvembed._tiers.gpu import GpuTier
     from kvembed._tree import KnownText, LiveTokens, PrefixTree
     from kvembed._writer import Writer
 
@@ -68,6 +69,7 @@ class StoreView:
     """Base of `KVStore`, apart only to keep each file short enough to be read at once."""
 
     path: Path | None
+    _gpu: GpuTier | None
     _cpu: CpuTier | None
     _disk: DiskTier | None
     _catalog: Catalog | None
@@ -89,6 +91,11 @@ class StoreView:
 
     def _enter(self) -> None:
         raise NotImplementedError
+
+    @property
+    def _memory(self) -> list[CpuTier]:
+        """The tiers in memory, fastest first."""
+        return [tier for tier in (self._gpu, self._cpu) if tier is not None]
 
     def _flush(self, timeout: float | None = None) -> bool:
         raise NotImplementedError
@@ -175,8 +182,8 @@ class StoreView:
         catalog, ever = self._catalog, self._ledger.sums()
         tiers: list[TierStats] = []
         sizes: dict[str, tuple[int, int, int]] = {}
-        if self._cpu is not None:
-            sizes["cpu"] = (len(self._cpu), self._cpu.nbytes + self._cpu.reserved, self._cpu.max_bytes)
+        for tier in self._memory:
+            sizes[tier.name] = (len(tier), tier.nbytes + tier.reserved, tier.max_bytes)
         hits = tokens = 0
         if self._disk is not None:
             self._disk.catalog.flush_touches()
@@ -328,8 +335,8 @@ class StoreView:
         if info.n_tokens > 1 or info.key != snapshot_key(info.parent):
             return True
         followers = self._catalog.children(info.parent) if self._catalog is not None else []
-        if self._cpu is not None:
-            followers = [*followers, *self._cpu.children(info.parent)]
+        for tier in self._memory:
+            followers = [*followers, *tier.children(info.parent)]
         return all(follower.key == info.key for follower in followers)
 
     def _entry(
@@ -369,7 +376,7 @@ class StoreView:
             key = info.parent
 
     def _in_memory(self) -> dict[bytes, BlockInfo]:
-        return {info.key: info for info in self._cpu.infos()} if self._cpu is not None else {}
+        return {info.key: info for tier in self._memory for info in tier.infos()}
 
     def _names_by_key(self) -> dict[bytes, list[str]]:
         result: dict[bytes, list[str]] = {}

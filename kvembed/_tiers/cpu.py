@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kvembed._block import Block, BlockInfo, Layout
     from kvembed._keys import TokenIds
+    from kvembed._tiers._base import BlockSource
 
 __all__ = ["CpuTier", "MemorySource"]
 
@@ -51,6 +52,10 @@ class MemorySource:
                     f"rows {target.shape} do not fit tensor {number} of a block of {tensor.shape[1]} tokens"
                 )
             np.copyto(target, tensor[:, skip : skip + n], casting="no")
+
+    def view(self, index: int, n: int, skip: int) -> np.ndarray:
+        """Return ``n`` tokens of a tensor without a copy, uint8 ``[heads, n, row_nbytes]``."""
+        return self._block.tensor(index)[:, skip : skip + n]
 
     def close(self) -> None:
         """Do nothing: memory goes with the last reference."""
@@ -172,6 +177,7 @@ class CpuTier:
             freed = old.block.info.nbytes if old is not None else 0
             if not self._make_room(info.nbytes - freed, info):
                 return False
+            block = self._taken_in(block)
             if old is not None:
                 self._drop(info.key)
             self._drop_covered_tails(block)
@@ -181,6 +187,13 @@ class CpuTier:
             self._nbytes += info.nbytes
             self._use(info.key, entry)
             return True
+
+    def _taken_in(self, block: Block) -> Block:
+        """Return a block as this tier keeps it."""
+        return block
+
+    def _leaves(self, block: Block) -> None:
+        """Be told of a block that is about to be evicted."""
 
     def _drop_covered_tails(self, block: Block) -> None:
         n = block.info.n_tokens
@@ -255,6 +268,7 @@ class CpuTier:
                 spared.append(item)
                 continue
             self._age = max(self._age, priority)
+            self._leaves(entry.block)
             self._drop(key)
         for item in spared:
             heapq.heappush(self._heap, item)
@@ -313,7 +327,7 @@ class CpuTier:
         with self._lock:
             self._pinned = frozenset(keys)
 
-    def open(self, key: bytes) -> MemorySource | None:
+    def open(self, key: bytes) -> BlockSource | None:
         """Open a block for reading, or None when it is not here."""
         block = self.get(key)
         return None if block is None else MemorySource(block)

@@ -99,6 +99,10 @@ class TransferEngine(Protocol):
         """True when copies from and to this array need no staging."""
         ...
 
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Allocate host memory that `is_pinned`, for good: freed with its last view. Not on the hot path."""
+        ...
+
     def mark(self) -> Mark | None:
         """Return a mark after all that the calling thread has queued on the device."""
         ...

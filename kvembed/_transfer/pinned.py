@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from kvembed._transfer.plain import host_tensor
-from kvembed._transfer.staging import Staging, StagingPool
+from kvembed._transfer.staging import Staging, StagingPool, lies_in
 from kvembed._transfer.streams import TorchStreams
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class TorchTransfer:
         self._streams: Streams = TorchStreams(device) if streams is None else streams
         self._in, self._out = self._streams.new_stream(), self._streams.new_stream()
         self._pool = StagingPool(self._streams.allocate, max_staging_bytes)
+        self._pinned: list[weakref.ref[np.ndarray]] = []
         self._lock = threading.Lock()
         self._under_way: collections.deque[StreamTicket] = collections.deque()
 
@@ -87,8 +89,17 @@ class TorchTransfer:
         return self._pool.take(nbytes)
 
     def is_pinned(self, host: np.ndarray) -> bool:
-        """True in the staging memory."""
-        return self._pool.contains(host)
+        """True in the staging memory, and in what `pinned` has returned."""
+        return self._pool.contains(host) or any(array is not None and lies_in(host, array) for array in self._arrays())
+
+    def _arrays(self) -> list[np.ndarray | None]:
+        return [reference() for reference in self._pinned]
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """See `TransferEngine`."""
+        array = self._streams.allocate(nbytes)
+        self._pinned = [*(reference for reference in self._pinned if reference() is not None), weakref.ref(array)]
+        return array
 
     def mark(self) -> Mark | None:
         """See `TransferEngine`."""

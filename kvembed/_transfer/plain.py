@@ -73,6 +73,10 @@ class PlainTransfer:
         """True on the CPU: any memory will do."""
         return self.direct
 
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Allocate ordinary memory."""
+        return host_buffer(nbytes)
+
     def mark(self) -> Mark | None:
         """Wait until the device has nothing left to do, so that any later copy comes after it."""
         if not self.direct:

@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
     from kvembed._transfer._base import Ticket
 
-__all__ = ["Staging", "StagingPool"]
+__all__ = ["Staging", "StagingPool", "lies_in"]
 
 _ALIGN = 4096
+
+
+def lies_in(array: np.ndarray, memory: np.ndarray) -> bool:
+    """True when the memory of ``array`` is within that of the contiguous ``memory``."""
+    first = memory.__array_interface__["data"][0]
+    return bool(array.size) and first <= array.__array_interface__["data"][0] < first + memory.nbytes
 
 
 class Staging:
@@ -121,10 +127,7 @@ class StagingPool:
     def contains(self, array: np.ndarray) -> bool:
         """True when an array lies in the pool's memory."""
         arena = self._arena
-        if arena is None or not array.size:
-            return False
-        first = arena.__array_interface__["data"][0]
-        return first <= array.__array_interface__["data"][0] < first + arena.nbytes
+        return arena is not None and lies_in(array, arena)
 
     def drain(self) -> None:
         """Wait for all transfers from the buffers that were handed over."""

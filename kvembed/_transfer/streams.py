@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-__all__ = ["Streams", "TorchStreams", "has_streams"]
+__all__ = ["Streams", "TorchStreams", "has_streams", "note_use"]
+
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
+
+
+def note_use(tensor: torch.Tensor) -> None:
+    """Say that the calling thread's stream uses a tensor that may be dropped before it gets there."""
+    if has_streams(tensor.device):
+        tensor.record_stream(torch.get_device_module(tensor.device).current_stream(tensor.device))
 
 
 class Streams(Protocol):
@@ -128,7 +137,7 @@ def _registered(nbytes: int) -> np.ndarray | None:
     runtime: Any = torch.cuda.cudart()
     address = array.ctypes.data
     with contextlib.suppress(RuntimeError):
-        if int(runtime.cudaHostRegister(address, nbytes, 0)) == 0:
+        if int(runtime.cudaHostRegister(address, nbytes, _PORTABLE)) == 0:
             # `memory` keeps the pages until they are not registered any more.
             memory = array.base
             weakref.finalize(array, _unregister, runtime, address, memory).atexit = False

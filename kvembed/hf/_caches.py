@@ -13,6 +13,7 @@ from kvembed._errors import UnsupportedModelError
 from kvembed._memory import HostPool, host_buffer
 from kvembed._rows import as_bytes
 from kvembed._snapshot import decode_states, encode_states
+from kvembed._tiers.gpu import DeviceBlock
 from kvembed.hf._compat import (
     DummyLayer,
     DynamicCache,
@@ -25,8 +26,10 @@ from kvembed.hf._layers import HYBRIDS, FullLayer, SlidingLayer, state_attribute
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvembed._block import Layout
+    from kvembed._block import BlockInfo, Layout
+    from kvembed._keys import TokenIds
     from kvembed._tiers._base import BlockSource
+    from kvembed._transfer import Transfers
 
 __all__ = [
     "cache_nbytes",
@@ -35,6 +38,7 @@ __all__ = [
     "capture_states",
     "common_length",
     "copy_prefix",
+    "device_block",
     "expand",
     "export_cache",
     "join",
@@ -176,6 +180,17 @@ def capture(cache: Any, layout: Layout, start: int, end: int) -> np.ndarray:
                 torch.from_numpy(out).view(rows.dtype).copy_(rows[0])
     data[at:] = 0  # a model without rows
     return data
+
+
+def device_block(cache: Any, info: BlockInfo, ids: TokenIds, layout: Layout, transfers: Transfers) -> DeviceBlock:
+    """Copy the KV of a block's tokens inside the devices its layers are on, after a forward."""
+    end = info.start + info.n_tokens
+    tensors = [
+        rows[0].clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        for layer in layers_of(cache)
+        for rows in layer.rows(info.start, end)
+    ]
+    return DeviceBlock(info, ids, layout, tensors, transfers)
 
 
 def _states(cache: Any, spec: CacheSpec) -> Iterator[tuple[int, dict[str, Any]]]:

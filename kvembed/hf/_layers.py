@@ -67,6 +67,8 @@ class FullLayer(Rows, DynamicLayer):
 
     def set_length(self, length: int) -> None:
         """Show the first ``length`` tokens (their rows are already filled)."""
+        if length < self._length:
+            self._before_overwriting()
         self._length = length
         self._show(0, length)
 
@@ -136,6 +138,7 @@ class SlidingLayer(Rows, DynamicSlidingWindowLayer):
         shift = keep_from - self.first
         used = self._length - keep_from
         if shift > 0:
+            self._before_overwriting()
             for buffer in (self._k, self._v):
                 kept = buffer[:, :, shift : shift + used]
                 # Source and destination overlap when less than half is dropped.
@@ -150,6 +153,8 @@ class SlidingLayer(Rows, DynamicSlidingWindowLayer):
 
     def set_length(self, length: int) -> None:
         """Make ``length`` the number of tokens seen (rows of its window are already filled)."""
+        if length < self._length:
+            self._before_overwriting()
         self._length = self.cumulative_length = length
         self._show(max(0, length - self.sliding_window + 1 - self.first), length - self.first)
 

@@ -12,10 +12,9 @@ from kvembed import StoreWarning, _restore
 from kvembed._blockfile import BlockFileSource
 from kvembed._restore import Restore
 from kvembed._tiers.cpu import MemorySource
-from kvembed._transfer import Transfers
-from kvembed._transfer.fake import FakeStreams
 from kvembed._transfer.pinned import TorchTransfer
 
+from ._device import pretend_device
 from ._lab import BLOCK, Lab, assert_close, assert_equal_bits, cat, leave_only, random_ids, run, run_full, tokens
 
 if TYPE_CHECKING:
@@ -29,15 +28,6 @@ PROMPT = random_ids(9 * BLOCK + 5)
 @pytest.fixture(autouse=True)
 def _in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_restore, "_INLINE_BYTES", 0)
-
-
-def pretend_device(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    """Have engines made from now on think that the CPU is a device with streams of its own."""
-
-    def make(device: torch.device) -> TorchTransfer:
-        return TorchTransfer(device, FakeStreams(order, eager=True), 1 << 15)
-
-    monkeypatch.setattr("kvembed._engine.Transfers", lambda: Transfers(make))
 
 
 @pytest.mark.parametrize("order", ["late", "early", "random"])
@@ -59,7 +49,7 @@ def test_a_device_gets_the_bits_of_a_cold_call(
 
 
 def test_a_missing_wait_would_show(lab: Lab, llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_device(monkeypatch, "late")
+    pretend_device(monkeypatch)
     cached = lab.wrap(llama, deterministic=True)
     cold = run_full(cached, PROMPT)
     leave_only(cached, "cpu")
@@ -110,7 +100,7 @@ def test_an_interrupt_while_layers_are_still_read(
 ) -> None:
     # The first layers have their rows and the last ones have not: nothing of such a cache may be kept.
     if device:
-        pretend_device(monkeypatch, "late")
+        pretend_device(monkeypatch)
     cached = stored(lab, llama)
     before = cached.store.stats().tiers[-1].blocks
     threads = threading.active_count()
@@ -142,7 +132,7 @@ def test_a_last_layer_that_is_bad_when_the_others_have_computed(
     lab: Lab, model: Any, plain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, device: bool
 ) -> None:
     if device:
-        pretend_device(monkeypatch, "late")
+        pretend_device(monkeypatch)
     lab.expect_sound = False
     cached = stored(lab, model)
     assert cached.store.path is not None
@@ -168,7 +158,7 @@ def test_a_last_layer_that_is_bad_when_the_others_have_computed(
 def test_a_device_that_fails_is_a_miss_and_no_block_is_blamed(
     lab: Lab, llama: Any, plain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend_device(monkeypatch, "late")
+    pretend_device(monkeypatch)
     lab.expect_sound = False
     cached = stored(lab, llama)
 

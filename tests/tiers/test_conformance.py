@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pytest
+import torch
 
 from kvembed._catalog import Catalog
 from kvembed._encryption.sealed import SealedCodec
@@ -16,6 +17,10 @@ from kvembed._keys import probe_of
 from kvembed._testing import random_block, random_chain
 from kvembed._tiers.cpu import CpuTier
 from kvembed._tiers.disk import DiskTier
+from kvembed._tiers.gpu import GpuTier
+from kvembed._transfer import Transfers
+from kvembed._transfer.fake import FakeStreams
+from kvembed._transfer.pinned import TorchTransfer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,15 +32,22 @@ BLOCK_BYTES = 16 * 256
 FILE_BYTES = disk_usage(BLOCK_BYTES + 1)  # header, KV and ids of a small block: two pages
 
 
+def fake_device(device: torch.device) -> TorchTransfer:
+    """Return an engine for host memory that stands for a device, whose copies run as late as they may."""
+    return TorchTransfer(device, FakeStreams("late", eager=True), 1 << 15)
+
+
 class MakeTier(Protocol):
     """Makes a tier with room for exactly so many blocks of 16 tokens."""
 
     def __call__(self, blocks: int = 100) -> Tier: ...
 
 
-@pytest.fixture(params=["cpu", "disk", "disk, encrypted"])
+@pytest.fixture(params=["gpu", "cpu", "disk", "disk, encrypted"])
 def make_tier(request: pytest.FixtureRequest, tmp_path: Path) -> MakeTier:
     def make(blocks: int = 100) -> Tier:
+        if request.param == "gpu":
+            return GpuTier(blocks * BLOCK_BYTES, Transfers(fake_device), torch.device("cpu"))
         if request.param == "cpu":
             return CpuTier(blocks * BLOCK_BYTES)
         root = tmp_path / "store"
@@ -83,7 +95,7 @@ def test_what_was_put_is_read_back_bit_for_bit(make_tier: MakeTier) -> None:
     assert tier.contains([bytes(32), chain[1].key]) == [None, chain[1].info]
     for block in chain:
         assert_holds(tier, block)
-    assert tier.name in ("cpu", "disk")
+    assert tier.name in ("gpu", "cpu", "disk")
     assert 3 * BLOCK_BYTES <= tier.nbytes <= tier.max_bytes
 
 
