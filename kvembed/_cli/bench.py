@@ -14,8 +14,9 @@ import typer
 
 from kvembed._cli import _common
 from kvembed._cli._steps import Steps
+from kvembed._cli.simulate import print_simulation
 from kvembed._errors import ConfigError, UnsupportedModelError
-from kvembed._units import format_count, format_seconds
+from kvembed._units import format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,6 +140,9 @@ def register(app: typer.Typer) -> None:
         new_tokens: int = typer.Option(16, min=1, help="Tokens to generate."),
         plain: bool = typer.Option(True, help="Measure transformers alone too."),
         dtype: str = typer.Option("auto", help="Type of the weights."),
+        simulate: bool = typer.Option(False, help="Work out a restore pipelined by layer instead of running it."),
+        disk: str = typer.Option("", help="Disk speed for --simulate, such as 3GB (a second); measured when empty."),
+        pcie: str = typer.Option("", help="Speed to the device for --simulate, such as 25GB; empty for none."),
         as_json: _common.JsonOption = False,
     ) -> None:
         """Measure the time to the first token: cold, and from each tier.
@@ -166,6 +170,16 @@ def register(app: typer.Typer) -> None:
                     raise UnsupportedModelError(f"kvembed cannot cache {model}: {cached.support}")
                 text = reference_text()[: (tokens + (suffix + 8) * 8) * rounds * 9]
                 ids = cached.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                if simulate:
+                    return print_simulation(
+                        cached,
+                        ids[: tokens + 3 * suffix],
+                        suffix,
+                        folder,
+                        disk_rate=parse_bytes(disk, name="--disk") if disk else None,
+                        pcie_rate=parse_bytes(pcie, name="--pcie") if pcie else None,
+                        as_json=as_json,
+                    )
                 need = tokens + suffix * len(_CASES)
                 if len(ids) < need * rounds:
                     raise ConfigError(f"the sample text has {len(ids):,} tokens: lower --tokens or --rounds")

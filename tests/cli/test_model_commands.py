@@ -129,6 +129,19 @@ def test_bench_measures_every_tier(run: Run, run_json: Run, tiny_folder: Path) -
     assert "times faster than cold" in run(*args, "--no-plain").stdout
 
 
+def test_bench_simulates_a_pipeline(run: Run, run_json: Run, tiny_folder: Path) -> None:
+    args = ("bench", tiny_folder, "--simulate", "--tokens", 200, "--dtype", "float32", "--disk", "1GB")
+    found = run_json(*args)
+    assert (found["tokens"], found["disk_bytes_per_second"], found["pcie_bytes_per_second"]) == (200, 10**9, None)
+    assert found["total_s"] >= found["compute_s"] > 0
+    assert found["load_s"] == pytest.approx(found["nbytes"] / 10**9, rel=0.5)
+    assert 0 <= found["hidden"] <= 1
+    shown = run(*args, "--pcie", "10GB").stdout
+    assert "of the loading hidden" in shown
+    assert "copy" in shown
+    assert list(cache_dir().glob("bench-*")) == []
+
+
 def test_bench_that_needs_more_text_than_there_is(run: Run, tiny_folder: Path) -> None:
     result = run("bench", tiny_folder, "--tokens", 4000, "--rounds", 500, "--new-tokens", 1, status=1)
     assert "--tokens" in result.stderr
