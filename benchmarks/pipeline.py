@@ -55,7 +55,7 @@ def main() -> None:
         [
             f"Suffix of {SUFFIX} tokens over a document on disk; medians over rounds, each round runs every case.",
             "read: the restore alone. compute: the same call with the document live. first: the restore ends before "
-            "the forward begins. by layer: as kvembed does it. hidden: (read + compute - by layer) / read, of the round; "
+            "the forward begins. by layer: as kvembed does it. hidden: (read + compute - by layer) / read in a round. "
             "gained: (first - by layer) / read.",
             "possible: the same with what the simulator says of these times, every layer reading and computing alike.",
         ],

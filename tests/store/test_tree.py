@@ -264,8 +264,8 @@ def test_evict_leaves_in_memory_what_is_pinned_nowhere_else(tmp_path: Path) -> N
 
 
 def test_evict_refuses(store: KVStore) -> None:
-    with pytest.raises(ConfigError, match="gpu"):
-        store.evict([], "gpu")
+    with pytest.raises(ConfigError, match="remote"):
+        store.evict([], "remote")
     with KVStore(store.path, read_only=True) as reader, pytest.raises(StoreReadOnlyError):
         reader.evict([])
 
