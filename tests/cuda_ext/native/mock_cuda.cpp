@@ -82,6 +82,7 @@ struct World {
     std::set<EventObject *> events;
     std::map<std::pair<uint64_t, int>, StreamObject *> defaults;
     std::map<uint64_t, uint64_t> allocated, registered;
+    std::vector<uint64_t> freed_too_early;
     std::set<void *> modules;
     std::map<std::string, long> calls;
     std::map<std::string, std::pair<int, long>> failures;  // name: code, after so many calls
@@ -397,9 +398,13 @@ int memory_free(CUdeviceptr address) {
     BEGIN("cuMemFree");
     auto found = world.allocated.find(address);
     if (found == world.allocated.end()) return 1;
-    if (in_use(address, found->second)) violation("device memory freed while a copy needs it");
-    world.allocated.erase(found);
-    return free((void *)(uintptr_t)address), 0;
+    if (in_use(address, found->second)) {
+        violation("device memory freed while a copy needs it");
+        world.freed_too_early.push_back(address);  // the copy comes all the same
+    } else {
+        free((void *)(uintptr_t)address);
+    }
+    return world.allocated.erase(found), 0;
 }
 int host_register(void *p, size_t bytes, unsigned) {
     BEGIN("cuMemHostRegister");
@@ -626,6 +631,7 @@ EXPORT void mock_reset(int version, int devices, uint64_t seed) {
     for (StreamObject *stream : world.streams) delete stream;
     for (EventObject *event : world.events) delete event;
     for (auto &one : world.allocated) free((void *)(uintptr_t)one.first);
+    for (uint64_t address : world.freed_too_early) free((void *)(uintptr_t)address);
     for (void *module : world.modules) delete (char *)module;
     world = World();
     world.version = version;
