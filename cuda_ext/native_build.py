@@ -35,7 +35,8 @@ LIBRARY = "kvcuda.dll" if sys.platform == "win32" else "libkvcuda.so"
 KERNELS = "kernels.fatbin"
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-"""With machine code. Code for 8.0 runs on 8.7 too, for 10.0 on 10.3, for 12.0 on 12.1."""
+"""With machine code, where nvcc knows them: 12.8 and later know all. Code for 8.0 runs on 8.7 too, for 10.0 on 10.3,
+for 12.0 on 12.1."""
 PTX = (75, 120)
 """With PTX, which drivers compile for what is not in the list."""
 
@@ -87,9 +88,19 @@ def build_library(folder: Path) -> Path:
 
 
 def build_kernels(
-    folder: Path, architectures: tuple[int, ...] = ARCHITECTURES, ptx: tuple[int, ...] = PTX
+    folder: Path,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    ptx: tuple[int, ...] = PTX,
+    *,
+    strict: bool = False,
 ) -> Path | None:
     """Compile the kernels into one fat binary in ``folder``; None where there is no nvcc.
+
+    Args:
+        folder: Where it goes.
+        architectures: To make machine code for, as far as this nvcc knows them.
+        ptx: To make PTX for, likewise.
+        strict: Take warnings for errors.
 
     Raises:
         RuntimeError: nvcc failed, or what it made is not what was asked for.
@@ -97,18 +108,30 @@ def build_kernels(
     compiler = nvcc()
     if compiler is None:
         return None
+    known = _known_architectures(compiler)
+    architectures = tuple(a for a in architectures if a in known)
+    ptx = tuple(a for a in ptx if a in known)
     target = folder / KERNELS
     code = [f"arch=compute_{a},code=sm_{a}" for a in architectures] + [
         f"arch=compute_{a},code=compute_{a}" for a in ptx
     ]
     # Without --fmad=false a product and a sum may be rounded once, and the host's bits would be others.
-    flags = ["-fatbin", "-O3", "-std=c++17", "--fmad=false", "-Werror", "all-warnings", "--threads", "2"]
+    flags = ["-fatbin", "-O3", "-std=c++17", "--fmad=false", "--threads", "2"]
+    flags += ["-Werror", "all-warnings"] * strict
     gencode = [word for one in code for word in ("-gencode", one)]
     _run([compiler, *flags, *gencode, str(NATIVE / "kernels.cu"), "-o", str(target)], folder)
     made = fatbin_contents(target.read_bytes())
     if made != {("cubin", a) for a in architectures} | {("ptx", a) for a in ptx}:
         raise RuntimeError(f"{target} holds {sorted(made)}, which is not what nvcc was asked for")
     return target
+
+
+def _known_architectures(compiler: str) -> set[int]:
+    done = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, errors="replace", check=False)
+    known = {int(line[3:]) for line in done.stdout.split() if line.startswith("sm_") and line[3:].isdigit()}
+    if not known & set(ARCHITECTURES):
+        raise RuntimeError(f"{compiler} knows none of the architectures {ARCHITECTURES}; set NVCC to another, or none")
+    return known
 
 
 def fatbin_contents(data: bytes) -> set[tuple[str, int]]:

@@ -38,7 +38,7 @@ def inspect_transfer(device: torch.device, *, quick: bool = False) -> dict[str, 
         **dict.fromkeys(("batch", "kernels", "link", "to_device", "to_host", "error")),
     }
     if choice.kind == "extension":
-        facts.update(_of_extension(device.index or 0))
+        facts.update(_of_extension(device.index or 0, load_kernels=not quick))
     if not quick:
         from kvembed._transfer.measure import measure
 
@@ -53,11 +53,11 @@ def inspect_transfer(device: torch.device, *, quick: bool = False) -> dict[str, 
     return facts
 
 
-def _of_extension(index: int) -> dict[str, Any]:
+def _of_extension(index: int, *, load_kernels: bool) -> dict[str, Any]:
     from kvembed_cuda import status
 
-    # The measurement makes a context on the GPU anyhow.
-    found = status(load_kernels=True)
+    # Loading makes a context on the GPU, which a measurement does anyhow.
+    found = status(load_kernels=load_kernels)
     link = found.devices[index].link if index < len(found.devices) else None
     return {
         "batch": found.batch,
