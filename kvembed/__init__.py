@@ -39,7 +39,10 @@ from kvembed._errors import (
 
 if TYPE_CHECKING:
     from kvembed._attach import attach, attached, detach
-    from kvembed._document import Answer, Document
+    from kvembed._documents.answer import Answer
+    from kvembed._documents.document import Document
+    from kvembed._documents.library import Library, LibraryEntry
+    from kvembed._documents.parts import Parts
     from kvembed._match import Explanation, PrefixMatch
     from kvembed._model import CachedModel
     from kvembed._prompt_view import PromptView
@@ -68,8 +71,11 @@ __all__ = [
     "KVEmbedError",
     "KVEmbedWarning",
     "KVStore",
+    "Library",
+    "LibraryEntry",
     "ModelMismatchError",
     "ModelNotFoundError",
+    "Parts",
     "PrefixMatch",
     "PromptError",
     "PromptView",
@@ -103,11 +109,14 @@ _LAZY = {
     "SessionDB": "kvembed._sessions.db",
     "SessionInfo": "kvembed._sessions.messages",
     "Turn": "kvembed._sessions.replies",
-    "Answer": "kvembed._document",
+    "Answer": "kvembed._documents.answer",
     "CachedModel": "kvembed._model",
-    "Document": "kvembed._document",
+    "Document": "kvembed._documents.document",
     "Explanation": "kvembed._match",
     "KVStore": "kvembed._store",
+    "Library": "kvembed._documents.library",
+    "LibraryEntry": "kvembed._documents.library",
+    "Parts": "kvembed._documents.parts",
     "PrefixMatch": "kvembed._match",
     "PromptView": "kvembed._prompt_view",
     "StoreStats": "kvembed._store",

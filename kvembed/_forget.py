@@ -44,7 +44,7 @@ class ForgetReport:
             another text. They were left alone.
         messages: Messages and documents of a session erased.
         messages_kept: Those of the session that stay, because other sessions have them too.
-        sharers: Names of these other sessions.
+        sharers: Names of these other sessions, or of other documents with the same words.
     """
 
     blocks: int = 0
@@ -81,6 +81,8 @@ class ForgetReport:
             have = "has" if len(self.sharers) == 1 else "have"
             kept = f"{format_count(self.messages_kept)} messages kept"
             parts.append(f"{kept}, which {', '.join(self.sharers)} {have} too")
+        elif self.sharers:
+            parts.append(f"{', '.join(self.sharers)} {'has' if len(self.sharers) == 1 else 'have'} its words too")
         found = "nothing of it is left" if self.ok else f"{len(self.traces)} traces are left"
         parts.append(f"{format_count(self.scanned)} files scanned: {found}")
         return "\n".join(["; ".join(parts), *self.traces])

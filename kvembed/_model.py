@@ -13,7 +13,8 @@ from kvembed import hf
 from kvembed._attempt import Request
 from kvembed._bypass import is_draft
 from kvembed._compiled import compiled_from
-from kvembed._document import Document
+from kvembed._documents.document import Document
+from kvembed._documents.library import Library
 from kvembed._engine import Engine
 from kvembed._errors import ConfigError, StoreClosedError, UnsupportedModelError
 from kvembed._html import mimebundle
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Iterator, Sequence
 
+    from kvembed._documents.parts import Parts
+    from kvembed._documents.reading import Source
     from kvembed._progress import Progress
     from kvembed._score import Score
     from kvembed._sessions.db import SessionDB
@@ -111,6 +114,7 @@ class CachedModel(ModelView):
         self._lock = threading.RLock()
         self._usage = Usage()
         self._history: deque[Usage] = deque(maxlen=_MOST_HISTORY)
+        self.library = Library(self)
         self._engine = Engine(
             compiled_from(model), store, block_size=block_size, cache_salt=cache_salt, max_live=max_live
         )
@@ -238,7 +242,7 @@ class CachedModel(ModelView):
 
     def document(
         self,
-        text: str | os.PathLike[str],
+        source: Source,
         *,
         name: str | None = None,
         system: str | None = None,
@@ -248,19 +252,60 @@ class CachedModel(ModelView):
     ) -> Document:
         """Prefill a text once, to ask many questions about it.
 
+        Should that be interrupted, what was computed stays, and the same call goes on there, also in a new process.
+
         Args:
-            text: The document, or a path to a text file (a `pathlib.Path`, or the name of an existing file).
-            name: What to call it; by default the file's name, or for a text some digits made from it. A pinned
-                document's name is written to the catalog, so let it say no more than a file name may.
+            source: The document: a text; the path of a file (a `pathlib.Path`, or the name of an existing file); or a
+                list of these, which is put together with a heading for each. Read are text of any encoding, Markdown,
+                source code, and with ``pip install "kvembed[documents]"`` HTML, PDF, Word (.docx) and notebooks.
+            name: What to call it. A named document is kept in `library`, to be opened without its file. By default the
+                file's name, or for a text some digits made from it, and then it is in no library. A pinned document's
+                name is written to the catalog, so let it say no more than a file name may.
             system: System message placed before it, where the chat template has one.
             pin: Keep its blocks when others are evicted.
             prefill: Compute and store its KV now; False leaves that to the first question.
             progress: See `CachedModel`; by default this model's own.
 
         Raises:
-            PromptError: The document is empty or does not fit the model's context.
+            PromptError: The document is empty, or does not fit the model's context. Nothing was computed.
+            ConfigError: A file is missing, damaged, locked or of a kind that cannot be read; it says what to do.
         """
-        return Document.prepare(self, text, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
+        return Document.prepare(self, source, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
+
+    def documents(
+        self,
+        source: Source,
+        *,
+        name: str | None = None,
+        system: str | None = None,
+        max_tokens: int | None = None,
+        overlap: int = 0,
+        pin: bool = False,
+        prefill: bool = True,
+        progress: Progress | None = None,
+    ) -> Parts:
+        """Prefill a text that is longer than the context as several documents, each of which fits.
+
+        It is cut before headings, else between paragraphs, lines, sentences or words.
+
+        Args:
+            source: As for `document`, and likewise the arguments that are not here.
+            name: What to call the whole; its parts are "name (1 of 3)" in the `library`.
+            system: See `document`.
+            max_tokens: Most tokens of a part; by default what the context leaves for a question and an answer.
+            overlap: Tokens at the end of a part that the next one begins with again, so that what stands at a border is
+                in one of them whole.
+            pin: See `document`.
+            prefill: See `document`.
+            progress: See `document`.
+
+        Raises:
+            ConfigError: ``max_tokens`` or ``overlap`` cannot work; and as for `document`.
+        """
+        from kvembed._documents.parts import Split, prepare_parts
+
+        split = Split(max_tokens, overlap)
+        return prepare_parts(self, source, split, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
 
     def session(
         self,
@@ -371,6 +416,7 @@ class CachedModel(ModelView):
 
     def close(self) -> None:
         """Write what is pending, release memory, and close the store if this model opened it."""
+        self.library.close()
         with self._lock:
             self._engine.close()
             if self._owns_store:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable
 
+    from kvembed._documents.library import Library
     from kvembed._encryption.sources import Key
     from kvembed._engine import Engine
     from kvembed._forget import ForgetReport
@@ -43,6 +44,7 @@ class ModelView:
     tokenizer: Any
     store: KVStore
     deterministic: bool
+    library: Library
     _lock: threading.RLock
     _engine: Engine
     _usage: Usage

@@ -18,7 +18,17 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "config_dir", "is_disabled", "make_private_dir", "models_dir", "sessions_file", "store_dir"]
+__all__ = [
+    "cache_dir",
+    "config_dir",
+    "data_dir",
+    "documents_file",
+    "is_disabled",
+    "make_private_dir",
+    "models_dir",
+    "sessions_file",
+    "store_dir",
+]
 
 
 def _from_env(name: str) -> Path | None:
@@ -58,13 +68,23 @@ def config_dir() -> Path:
     return platformdirs.user_config_path("kvembed", appauthor=False)
 
 
-def sessions_file() -> Path:
-    """Return the default file of `SessionDB`: in the data folder, because it cannot be computed again."""
+def data_dir() -> Path:
+    """Return the folder of what cannot be computed again; it is not created."""
     if home := _from_env("KVEMBED_HOME"):
-        return home / "data" / "sessions.db"
+        return home / "data"
     import platformdirs
 
-    return platformdirs.user_data_path("kvembed", appauthor=False) / "sessions.db"
+    return platformdirs.user_data_path("kvembed", appauthor=False)
+
+
+def sessions_file() -> Path:
+    """Return the default file of `SessionDB`."""
+    return data_dir() / "sessions.db"
+
+
+def documents_file() -> Path:
+    """Return the default file of `DocumentDB`."""
+    return data_dir() / "documents.db"
 
 
 def is_disabled() -> bool:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterator
 
-__all__ = ["prefill_progress", "Progress", "StoppedEarly"]
+__all__ = ["prefill_progress", "Progress", "StoppedEarly", "wants_bar"]
 
 Progress: TypeAlias = "bool | Literal['auto'] | Callable[[int, int], object]"
 """True or False for a bar, ``"auto"`` for one where someone looks, or ``callable(done_tokens, all_tokens)``."""
@@ -22,6 +22,13 @@ def _someone_looks() -> bool:
     if "ipykernel" in sys.modules:
         return True
     return bool(getattr(sys.stderr, "isatty", lambda: False)())
+
+
+def wants_bar(progress: Any, is_long: bool) -> bool:
+    """Return whether to show a bar, for something that takes long enough to be looked at or not."""
+    if progress == "auto":
+        return is_long and _someone_looks()
+    return progress is not False and progress is not None
 
 
 class StoppedEarly(Exception):
@@ -60,11 +67,7 @@ def _shown(progress: Any, done: int, total: int) -> Iterator[Callable[[int, int]
         callback: Callable[[int, int], object] = progress
         yield callback
         return
-    if (
-        progress is False
-        or progress is None
-        or (progress == "auto" and (total - done < _AUTO_TOKENS or not _someone_looks()))
-    ):
+    if not wants_bar(progress, total - done >= _AUTO_TOKENS):
         yield None
         return
     from tqdm.auto import tqdm

@@ -137,14 +137,14 @@ def split_chat(tokenizer: Any, document: str, system: str | None) -> tuple[str, 
     """Return the text before and after a question about ``document``, in the model's own chat format.
 
     The template is rendered once around a marker and cut there, so that everything before the question is the
-    same for every question.
+    same for every question. Without a template, a question is introduced by "Question: ".
 
     Returns:
         Text before the question, text after it, and whether special tokens are already in the text.
     """
     _need(tokenizer, "a document")
     if not getattr(tokenizer, "chat_template", None):
-        return f"{document}\n\nQuestion: ", "\nAnswer:", False
+        return f"{document}\n\n", "\nAnswer:", False
     messages = [{"role": "user", "content": f"{document}\n\n{MARK}"}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvembed._document import Document
+from kvembed._documents.document import Document
 from kvembed._errors import BlockFormatError, ConfigError, PromptError
 from kvembed._forget import Eraser, ForgetReport
 from kvembed._keys import block_key, chain_keys, common_prefix, snapshot_key
@@ -67,7 +67,12 @@ def forget(model: ModelView, what: Any) -> ForgetReport:
                 engine.live.take(live)
         eraser.text(engine.root, ids, engine.block_size)
     engine.release_memory()
-    return eraser.report()
+    report = eraser.report()
+    # A document is named: another of the same text stays, and so does what goes on from it.
+    name = what.name if isinstance(what, Document) else None
+    for ids in texts if isinstance(what, str | Document) else ():
+        report = model.library.forget_text(ids, name, report)
+    return report
 
 
 def export(model: ModelView, path: str | os.PathLike[str], what: Any, plain: bool) -> ExportReport:

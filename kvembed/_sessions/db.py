@@ -12,11 +12,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import ConfigError
-from kvembed._sessions.erasing import Erasure, scrub, sweep
-from kvembed._sessions.file import SessionFile
+from kvembed._paths import sessions_file
+from kvembed._sessions.erasing import Erasure, sweep
 from kvembed._sessions.messages import LINE, MESSAGE_COLUMNS, SESSION_COLUMNS, line_of, message_of, session_of
+from kvembed._sessions.schema import MIGRATIONS
+from kvembed._userfile import UserFile, scrub
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     from kvembed._sessions.erasing import Erased
@@ -27,7 +30,7 @@ __all__ = ["SessionDB"]
 _INFO = f"SELECT {SESSION_COLUMNS} FROM sessions"
 
 
-class SessionDB(SessionFile):
+class SessionDB(UserFile):
     """The file of all sessions; any number of threads and processes may have it open.
 
     It lists, searches, renames and deletes them without a model, and without loading torch. `CachedModel.session`
@@ -39,6 +42,9 @@ class SessionDB(SessionFile):
     Raises:
         StoreError: It is not a file of sessions, or cannot be opened.
     """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(sessions_file() if path is None else path, MIGRATIONS, "sessions")
 
     # --- sessions --------------------------------------------------------------------------------------
 

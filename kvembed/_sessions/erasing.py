@@ -6,26 +6,23 @@ a session which stays has too is no trace.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import sqlite3
 import struct
 import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvembed._residue import Needles, database_bytes
+from kvembed._residue import Needles
 from kvembed._sessions.messages import line_of
+from kvembed._userfile import kinds_in_file, parts_of
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Erased", "Erasure", "scrub", "sweep"]
+__all__ = ["Erased", "Erasure", "sweep"]
 
-_PART = 64
-_STEP = 512
-"""So many bytes in each so many are looked for. SQLite cuts long texts at the ends of pages, which are longer."""
 _SHORTEST = 8
 _ROW = 192
 _WORDS = re.compile(rf"\w{{{_SHORTEST},60}}")
@@ -64,14 +61,6 @@ def _unheld(db: sqlite3.Connection) -> list[int]:
     heads = [row[0] for row in db.execute("SELECT head FROM sessions UNION SELECT head FROM moves")]
     held = {number for head in heads for number in line_of(db, head)}
     return [row[0] for row in db.execute("SELECT id FROM messages ORDER BY id DESC") if row[0] not in held]
-
-
-def scrub(db: sqlite3.Connection) -> None:
-    """Leave no bytes of what was deleted in the file, where no other process is reading it."""
-    # Deleted rows are zeroed, but pages that SQLite moved them from, and the log, may still have them.
-    for statement in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-        with contextlib.suppress(sqlite3.OperationalError):
-            db.execute(statement).fetchall()
 
 
 class Erasure:
@@ -118,13 +107,13 @@ class Erasure:
         for text in (content, meta, text_rest):
             self._add_text(text)
         for ids in (token_ids, ids_rest):
-            for part in _parts(ids or b""):
+            for part in parts_of(ids or b""):
                 self._add(part, "token ids")
         for word in _words(content):  # as the index has them
             self._add(word.encode())
 
     def _add_text(self, text: str) -> None:
-        for part in _parts(text.encode()):
+        for part in parts_of(text.encode()):
             self._add(part)
 
     def _add(self, part: bytes, kind: str = "words") -> None:
@@ -137,7 +126,7 @@ class Erasure:
         for data in _stored(db):
             self._needles.discard(self._needles.strings_in(data))
         scanned, traces = 0, list[str]()
-        for file, kinds in _kinds_of(path, self._needles):
+        for file, kinds in kinds_in_file(path, self._needles):
             scanned += 1
             if kinds:
                 traces.append(f"{file.name}: {', '.join(sorted(kinds))}")
@@ -145,12 +134,6 @@ class Erasure:
 
 
 _COLUMNS = "role, content, meta, created, token_ids, text_rest, ids_rest"
-
-
-def _parts(data: bytes) -> Iterator[bytes]:
-    for at in range(0, max(1, len(data) - _PART), _STEP):
-        yield data[at : at + _PART]
-    yield data[-_PART:]
 
 
 def _words(text: str) -> set[str]:
@@ -173,11 +156,3 @@ def _stored(db: sqlite3.Connection) -> Iterator[bytes]:
             # Every value ends before the next begins, or a string could be found across two of them.
             blobs = [value for value in row if isinstance(value, bytes)]
             yield b"\0".join([text.encode(), " ".join(_words(text)).encode(), *blobs])
-
-
-def _kinds_of(path: Path, needles: Needles) -> Iterator[tuple[Path, set[str]]]:
-    data, whole = database_bytes(path)
-    yield path, needles.kinds_in(data) | (set() if whole else {"pages that are not in use any more"})
-    log = path.with_name(f"{path.name}-wal")  # SQLite locks none of its bytes
-    with contextlib.suppress(FileNotFoundError):
-        yield log, needles.kinds_in(log.read_bytes())

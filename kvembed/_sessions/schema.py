@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
-from typing import TYPE_CHECKING
-
-from kvembed._errors import StoreError
-from kvembed._schema import statements
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-__all__ = ["connect", "migrate"]
+__all__ = ["MIGRATIONS"]
 
 _V1 = """
 CREATE TABLE sessions (
@@ -80,36 +71,4 @@ ALTER TABLE messages ADD COLUMN tokenizer TEXT NOT NULL DEFAULT '';
 UPDATE messages SET tokenizer = coalesce(json_extract(meta, '$.tokenizer'), ''),
     meta = json_remove(meta, '$.tokenizer');
 """
-_MIGRATIONS = (_V1, _V2, _V3)
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the file, in autocommit mode."""
-    db = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
-    db.execute("PRAGMA secure_delete = ON")  # what is deleted is gone from the file too
-    db.execute("PRAGMA journal_mode = WAL")
-    return db
-
-
-def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Bring the tables to the newest version.
-
-    Raises:
-        StoreError: A newer kvembed has changed them.
-    """
-    # Tables are built anew, and what refers to them must not be deleted with the old ones.
-    db.execute("PRAGMA foreign_keys = OFF")
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > len(_MIGRATIONS):
-            raise StoreError(f"{path} was written by a newer kvembed (format {version}): upgrade kvembed")
-        for script in _MIGRATIONS[version:]:
-            for statement in statements(script):
-                db.execute(statement)
-        if version < len(_MIGRATIONS):
-            db.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
+MIGRATIONS = (_V1, _V2, _V3)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvembed._document import digits_of, keys_of, read_document, view_of
+from kvembed._documents.reading import read_document
+from kvembed._documents.stored import digits_of, keys_of, view_of
 from kvembed._errors import ConfigError, PromptError
 from kvembed._forget import ForgetReport
 from kvembed._keys import as_token_ids
@@ -201,10 +202,8 @@ class Session(SessionView):
         Raises:
             PromptError: It is empty, or does not fit the context.
         """
-        content, found_name = read_document(text)
-        if not content.strip():
-            raise PromptError("the document is empty")
-        document = message_now("document", content, {"name": name or found_name or "text"})
+        found = read_document(text)
+        document = message_now("document", found.text, {"name": name or found.name or "text"})
         with self._talking:
             with self._lock:
                 self._load()
@@ -224,7 +223,7 @@ class Session(SessionView):
                 usage = self._model.prefill(prompt.ids, progress=progress)
                 if pin:
                     self._model.store.pin(
-                        keys_of(self._model, prompt.ids), name or found_name or digits_of(self._model, prompt.ids)
+                        keys_of(self._model, prompt.ids), name or found.name or digits_of(self._model, prompt.ids)
                     )
             remembered = history.remember(document, prompt, as_token_ids([]))
             with self._lock:

@@ -154,8 +154,8 @@ def test_documents(cached: CachedModel, llama: Any, tmp_path: Path) -> None:
         cached.document(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         cached.document(tmp_path)
-    path.write_bytes(b"caf\xe9 \xff")
-    with pytest.raises(ConfigError, match=r"'report.txt' is not UTF-8"):
+    path.write_bytes(b"caf\xe9 \0\1")
+    with pytest.raises(ConfigError, match=r"'report.txt' is not text"):
         cached.document(path)
     for nothing in ("", "  \n\t "):
         with pytest.raises(PromptError, match="document is empty"):

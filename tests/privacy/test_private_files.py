@@ -205,10 +205,10 @@ def failures(cached: CachedModel, folder: Path) -> Iterator[Any]:
     yield lambda: cached.document(TEXT, prefill=False).ask(long)
     yield lambda: cached.score(WORDS, [WORDS, ""])
     yield lambda: cached.document(TEXT, pin=True, prefill=False)
-    yield lambda: cached.store.forget(cached.document(TEXT, prefill=False))
+    yield lambda: cached.store.forget(cached.document(TEXT, prefill=False).name)
     yield lambda: cached.store.pin("ffffffffffff")
-    file = folder / "latin1.txt"
-    file.write_bytes(WORDS.encode() + b"\xff")
+    file = folder / "binary.txt"
+    file.write_bytes(WORDS.encode() + b"\0\xff")
     yield lambda: cached.document(file)
     cached.store.close()
     yield lambda: cached.store.lookup([bytes(32)])
