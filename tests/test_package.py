@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import kvembed_chat
 import pytest
 
 import kvembed
 from kvembed import _chat_entry
 
-SOURCES = sorted(Path(kvembed.__file__).parent.rglob("*.py"))
+ROOTS = [Path(kvembed.__file__).parent, Path(kvembed_chat.__file__).parent]
+SOURCES = sorted(path for root in ROOTS for path in root.rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    root = next(root for root in ROOTS if path.is_relative_to(root))
+    return str(path.relative_to(root.parent))
 
 
 def run_python(code: str) -> str:
@@ -54,7 +61,7 @@ def test_the_parts_that_move_no_tensors_do_not_load_torch() -> None:
     assert run_python(code) == ""
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(Path(kvembed.__file__).parent)))
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_house_rules(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
@@ -67,7 +74,7 @@ def test_house_rules(path: Path) -> None:
     assert not imported & {"pickle", "shelve", "marshal", "dill", "cloudpickle"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(Path(kvembed.__file__).parent)))
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_conditions_are_entered_by_their_lock(path: Path) -> None:
     # `Condition.__enter__` is Python code: Ctrl-C inside it leaves the lock taken, and the next thread waits for ever.
     text = path.read_text(encoding="utf-8")

@@ -249,13 +249,16 @@ class ScriptedEngine:
         said: list[str] = []
         for done, total in script.prefill:
             emit(Progress("prefill", done, total))
-            self._pass(stop)
+            if not self._pass(stop):
+                raise Stopped
         for piece in script.pieces:
             if not self._pass(stop):
                 break
             said.append(piece)
             emit(Piece(piece))
         stopped = stop.is_set()
+        if stopped and not said:
+            raise Stopped
         if script.error is not None and not stopped:
             raise script.error
         whole = Exchange(

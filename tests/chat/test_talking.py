@@ -65,6 +65,7 @@ async def test_escape_stops_and_keeps_what_was_said() -> None:
         await until(pilot, engine.waiting.is_set)
         engine.gate.set()
         engine.gate.clear()
+        await until(pilot, lambda: answer(app.chat.transcript.views[0]))
         await pilot.press("escape")
         await until(pilot, lambda: not app.chat.is_busy)
         (view,) = app.chat.transcript.views
@@ -91,9 +92,13 @@ async def test_leaving_while_it_answers_keeps_the_reply() -> None:
     async with app.run_test() as pilot:
         await pilot.press(*"count", "enter")
         await until(pilot, engine.waiting.is_set)
+        engine.gate.set()
+        engine.gate.clear()
+        await until(pilot, lambda: answer(app.chat.transcript.views[0]))
         await pilot.press("ctrl+q")
         await until(pilot, lambda: not app.is_running)
-    assert engine.open("count").turns[0].user == "count"
+    (turn,) = engine.open("count").turns
+    assert (turn.user, (turn.reply or "")[:4]) == ("count", "One ")
     assert app.last_session == "count"
 
 

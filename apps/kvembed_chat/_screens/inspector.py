@@ -12,6 +12,7 @@ from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Input, Static
 
 from kvembed._units import format_bytes, format_count
+from kvembed_chat._rows import SORTS, ago, columns_of, named, searched, size_of
 from kvembed_chat._screens.dialogs import Choice
 from kvembed_chat._threads import in_thread
 from kvembed_chat._tiers import gauges_of, legend, sparkline, tier_mark, wrapped
@@ -31,18 +32,7 @@ __all__ = ["InspectorScreen"]
 _MOST_ROWS = 1000
 """More rows than people read make the table slow; a filter finds the others."""
 
-_SORTS: dict[str, Callable[[PrefixRow], float]] = {
-    "tree": lambda row: 0,
-    "used": lambda row: -(row.last_used or float("inf")),
-    "size": lambda row: -_size(row),
-    "tokens": lambda row: -row.n_tokens,
-}
 _MEMORY = frozenset({"live", "gpu", "cpu"})
-
-
-def _size(row: PrefixRow) -> int:
-    """Return the bytes of a row's KV, once, however many tiers have it."""
-    return max(row.nbytes.values(), default=0)
 
 
 class _Table(DataTable[Content]):
@@ -167,14 +157,14 @@ class InspectorScreen(Screen[None]):
             return
         kept, at = self.row, self.table.cursor_row
         words = self.query_one("#cache-filter", Input).value.lower().split()
-        rows = [row for row in tree.rows if all(word in _searched(row) for word in words)]
+        rows = [row for row in tree.rows if all(word in searched(row) for word in words)]
         if self._sort != "tree":
-            rows.sort(key=_SORTS[self._sort])
+            rows.sort(key=SORTS[self._sort])
         self._shown = rows[:_MOST_ROWS]
         table = self.table
         table.clear(columns=True)
         cells = [self._cells(row) for row in self._shown]
-        for at_column, (label, width) in enumerate(_columns(cells, self.app.size.width)):
+        for at_column, (label, width) in enumerate(columns_of(cells, self.app.size.width)):
             table.add_column(label, width=width, key=str(at_column))
         for row, line in zip(self._shown, cells, strict=True):
             table.add_row(*line, key=row.key.hex())
@@ -190,9 +180,9 @@ class InspectorScreen(Screen[None]):
         indent = f"{'  ' * min(row.depth - 1, 8)}└ " if row.depth and self._sort == "tree" else ""
         return [
             Content(f"{indent}{format_count(row.start)}–{format_count(row.end)}"),
-            Content(f"{format_bytes(_size(row)):>9}"),
+            Content(f"{format_bytes(size_of(row)):>9}"),
             Content.assemble(*(tier_mark(tier) for tier in row.nbytes)),
-            Content(_ago(row, self._now)),
+            Content(ago(row, self._now)),
             Content.styled(f"● {', '.join(row.names)}" if row.names else "", "$text-warning"),
             Content(", ".join(row.users)),
         ]
@@ -249,7 +239,7 @@ class InspectorScreen(Screen[None]):
             parts.append(Content(f"{row.states} {'state' if row.states == 1 else 'states'}"))
         parts.append(Content("bit-exact" if row.exact else "equal to rounding"))
         parts += [tier_mark(tier, f"{tier} {format_bytes(size)}") for tier, size in row.nbytes.items()]
-        parts.append(Content(f"used {_ago(row, self._now)}"))
+        parts.append(Content(f"used {ago(row, self._now)}"))
         if row.hits:
             parts.append(Content(f"read {format_count(row.hits)}× from disk"))
         parts.append(Content(f"{row.model_name or 'unknown model'} {row.namespace.hex()[:8]}"))
@@ -315,7 +305,7 @@ class InspectorScreen(Screen[None]):
 
     def action_sort(self) -> None:
         """Sort in the next way."""
-        names = list(_SORTS)
+        names = list(SORTS)
         self._sort = names[(names.index(self._sort) + 1) % len(names)]
         self._fill()
 
@@ -373,7 +363,7 @@ class InspectorScreen(Screen[None]):
         if "disk" in row.nbytes and _MEMORY & row.nbytes.keys():
             choices = [("memory", "From memory"), ("disk", "From disk")]
         choices += [("everywhere", "Everywhere"), ("cancel", "Cancel")]
-        text = f"Evict {_named(tree, row)}? What is pinned stays; the rest is computed again when it is needed."
+        text = f"Evict {named(tree, row)}? What is pinned stays; the rest is computed again when it is needed."
 
         def chosen(where: str | None) -> None:
             if where not in (None, "cancel"):
@@ -386,7 +376,7 @@ class InspectorScreen(Screen[None]):
         row, tree = self.row, self._tree
         if row is None or tree is None:
             return
-        text = f"Erase {_named(tree, row)} from memory and disk, and look for traces? This cannot be undone."
+        text = f"Erase {named(tree, row)} from memory and disk, and look for traces? This cannot be undone."
         if row.names:
             text += f" It is pinned as {', '.join(row.names)}."
         if row.users:
@@ -397,39 +387,3 @@ class InspectorScreen(Screen[None]):
                 self._change("erasing", partial(self._source.forget, tree, row))
 
         self.app.push_screen(Choice("Forget", text, (("erase", "Erase"), ("cancel", "Cancel"))), chosen)
-
-
-def _columns(cells: Sequence[Sequence[Content]], width: int) -> list[tuple[str, int]]:
-    """Return label and width of each column: as wide as its cells, but the last two share what is left."""
-    labels = ("tokens", "     size", "where", "used", "pinned as", "sessions")
-    wanted = [max([len(label), *(line[at].cell_length for line in cells)]) for at, label in enumerate(labels)]
-    left = width - 2 * len(labels) - 1 - sum(wanted[:-2])  # a cell of space on both sides, and the scroll bar
-    pinned = max(len(labels[-2]), min(wanted[-2], left // 2))
-    return list(zip(labels, [*wanted[:-2], pinned, max(len(labels[-1]), left - pinned)], strict=True))
-
-
-def _named(tree: PrefixTree, row: PrefixRow) -> str:
-    """Say what an action takes along."""
-    below = tree.below(row)
-    words = f"tokens {format_count(row.start)}–{format_count(row.end)} ({format_bytes(_size(row))})"
-    if not below:
-        return words
-    more = "prefix that goes on from it" if len(below) == 1 else "prefixes that go on from it"
-    return f"{words} and the {format_count(len(below))} {more} ({format_bytes(sum(map(_size, below)))})"
-
-
-def _searched(row: PrefixRow) -> str:
-    return " ".join([row.id, row.model, *row.names, *row.users, *row.nbytes]).lower()
-
-
-def _ago(row: PrefixRow, now: float) -> str:
-    if row.last_used is None:
-        return "just now"
-    seconds = max(0.0, now - row.last_used)
-    if seconds < 1:
-        return "just now"
-    if seconds < 60:
-        return f"{seconds:.0f} s ago"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min ago"
-    return f"{seconds / 3600:.0f} h ago" if seconds < 172_800 else f"{seconds / 86_400:.0f} days ago"

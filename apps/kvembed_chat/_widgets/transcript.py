@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.binding import Binding
-from textual.containers import VerticalScroll
+from textual.containers import Vertical, VerticalScroll
 from textual.message import Message
 from textual.widgets import Static
 
@@ -13,6 +13,7 @@ from kvembed_chat._widgets.turn import TurnView
 
 if TYPE_CHECKING:
     from textual import events
+    from textual.app import ComposeResult
     from textual.binding import BindingType
 
     from kvembed_chat._engine import Conversation, Exchange
@@ -56,10 +57,18 @@ class Transcript(VerticalScroll):
         self._exchanges: tuple[Exchange, ...] = ()
         self._first = 0
 
+    def compose(self) -> ComposeResult:
+        """The turns, in a box at least as high as the view: an anchor would set a short conversation at the bottom."""
+        yield Vertical(id="turns")
+
+    @property
+    def _box(self) -> Vertical:
+        return self.query_one("#turns", Vertical)
+
     @property
     def views(self) -> list[TurnView]:
         """The turns that are shown."""
-        return list(self.query_children(TurnView))
+        return list(self._box.query_children(TurnView))
 
     async def show(self, conversation: Conversation | None) -> None:
         """Show another conversation, or none."""
@@ -68,9 +77,9 @@ class Transcript(VerticalScroll):
         # A long conversation is shown from its end: every turn is a dozen widgets.
         self._first = max(0, len(self._exchanges) - _PAGE)
         async with self.batch():
-            await self.remove_children()
+            await self._box.remove_children()
             shown = [TurnView(turn, i) for i, turn in enumerate(self._exchanges) if i >= self._first]
-            await self.mount_all([*self._more(), *shown])
+            await self._box.mount_all([*self._more(), *shown])
         self.anchor()
 
     def _more(self) -> list[Static]:
@@ -85,7 +94,7 @@ class Transcript(VerticalScroll):
                 await self.query("#more").remove()
                 earlier = [TurnView(turn, i) for i, turn in enumerate(self._exchanges[: self._first])]
                 self._first = 0
-                await self.mount_all(earlier, before=0)
+                await self._box.mount_all(earlier, before=0)
         self.release_anchor()
         self.scroll_home(animate=False)
 
@@ -96,7 +105,7 @@ class Transcript(VerticalScroll):
                 await view.remove()
         self._exchanges = (*self._exchanges[:keep], exchange)
         view = TurnView(exchange, keep)
-        await self.mount(view)
+        await self._box.mount(view)
         self.pick(None)
         self.anchor()
         return view
