@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvembed._call import Watch
+from kvembed._codecs.names import LOSSLESS, fidelity
 from kvembed._errors import StoreClosedError
 from kvembed._spans import tiers_of
 from kvembed._usage import Usage
@@ -66,6 +67,7 @@ class Attempt:
         watch: Sees what is generated.
         result: What ``generate()`` returned.
         is_given_away: The cache will not be ours after the call, so it is captured before.
+        lossy: The least faithful codec that what is reused has been through, if any.
         goes_on: Nor is anything to be done about it then: compiled code got a stock one, and an assistant's next
             drafts go on with ours.
     """
@@ -86,6 +88,12 @@ class Attempt:
     result: Any = None
     is_given_away: bool = False
     goes_on: bool = False
+    lossy: str | None = None
+
+    def __post_init__(self) -> None:
+        # Now, while the sequence holds what is reused and nothing else.
+        codec = self.sequence.codec if self.sequence.faithful is not None else LOSSLESS
+        self.lossy = codec if codec != LOSSLESS else None
 
     @property
     def tiers(self) -> dict[str, int]:
@@ -110,6 +118,7 @@ def prefill_usage(wrapped: WrappedModel, attempt: Attempt, began: float, *, dete
         audited=attempt.audited,
         deterministic=deterministic,
         stored_tokens=attempt.stored,
+        lossy=attempt.lossy,
     )
 
 
@@ -178,4 +187,5 @@ def usage_of(
         miss_reason=next((attempt.why for attempt in attempts if attempt.why), None),
         deterministic=request.deterministic,
         stored_tokens=sum(attempt.stored for attempt in attempts),
+        lossy=min((attempt.lossy for attempt in attempts if attempt.lossy), key=fidelity, default=None),
     )

@@ -7,6 +7,7 @@ start, which tells which blocks are wrong; they are quarantined, and the call an
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from kvembed import hf
+from kvembed._codecs.names import LOSSLESS, worst
 from kvembed._oracle import error_limit, relative_error
 from kvembed._snapshot import decode_states
 from kvembed._units import format_count
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditReport", "Auditor"]
 
+_LOSSY_LIMITS = {"bf16": 0.05, "k16v8": 0.1, "int8": 0.15, "fp8": 0.3}
+"""Largest difference, relative to the spread of a tensor's values, that blocks of a codec may have: some times what was
+measured on real models, and less than what another text's KV has."""
+
 
 @dataclass(frozen=True)
 class AuditReport:
@@ -39,6 +45,7 @@ class AuditReport:
     Args:
         blocks: Blocks that were computed again and compared.
         skipped: Blocks that cannot be: with media, of another salt's, or after a state that is not kept.
+        lossy: How many of ``blocks`` have been through a lossy codec; they are held to the codec's bound.
         bad: For each block that differs, its key (hex) and by how much, relative to the spread of its values.
         largest: Largest difference of the others.
     """
@@ -47,6 +54,7 @@ class AuditReport:
     skipped: int = 0
     bad: tuple[tuple[str, float], ...] = ()
     largest: float = 0.0
+    lossy: int = 0
 
     @property
     def ok(self) -> bool:
@@ -61,6 +69,7 @@ class AuditReport:
             "skipped": self.skipped,
             "bad": bad,
             "largest_difference": self.largest,
+            "lossy": self.lossy,
             "ok": self.ok,
         }
 
@@ -69,12 +78,18 @@ class AuditReport:
             f"{format_count(self.blocks)} blocks computed again, {len(self.bad)} of them wrong and quarantined, "
             f"{format_count(self.skipped)} skipped; largest difference of the others {self.largest:.2g}"
         ]
+        if self.lossy:
+            lines.append(
+                f"{format_count(self.lossy)} of them have been in a lossy codec, and were only held to its bound: "
+                f"{', '.join(f'{name} {limit:g}' for name, limit in _LOSSY_LIMITS.items())}"
+            )
         return "\n".join([*lines, *(f"{key[:16]}: differs by {drift:.2g}" for key, drift in self.bad)])
 
 
 @dataclass
 class _Findings:
     checked: int = 0
+    lossy: int = 0
     largest: float = 0.0
     bad: dict[bytes, float] = field(default_factory=dict)
 
@@ -124,7 +139,9 @@ class Auditor:
             return False
         engine.prefill(sequence, ids, upto=start + size)
         drift = self._drift(sequence, match.blocks[number].info, size)
-        return drift is not None and drift <= self._limit
+        # Those before it count too: it was computed on top of them.
+        codec = worst(*(stored.info.codec for stored in match.blocks[: number + 1]))
+        return drift is not None and drift <= self._limit(codec)
 
     def _recompute(self, ids: TokenIds, match: Match) -> _Findings:
         """Compute a whole match from the start, comparing each block on the way."""
@@ -171,7 +188,7 @@ class Auditor:
                     sequence.cut(back, engine.block_size)
         self._discard(found)
         bad = tuple((key.hex(), drift) for key, drift in found.bad.items())
-        return AuditReport(found.checked, skipped, bad, found.largest)
+        return AuditReport(found.checked, skipped, bad, found.largest, found.lossy)
 
     def _paths(self) -> Iterator[tuple[list[BlockInfo], list[BlockInfo]]]:
         """Yield each longest run of full blocks from the root, and the tails at its end."""
@@ -179,7 +196,7 @@ class Auditor:
         open_ends: list[tuple[bytes, list[BlockInfo]]] = [(self._engine.root, [])]
         while open_ends:
             parent, path = open_ends.pop()
-            children = store.children(parent)
+            children = store.children(parent, any_codec=True)
             full = [info for info in children if info.n_tokens == size]
             tails = [info for info in children if info.n_tokens < size]
             if path and (tails or not full):
@@ -197,9 +214,9 @@ class Auditor:
 
     # --- comparing -------------------------------------------------------------------------------------
 
-    @property
-    def _limit(self) -> float:
-        return error_limit(self._engine.model)
+    def _limit(self, codec: str) -> float:
+        limit = error_limit(self._engine.model)
+        return limit if codec == LOSSLESS else max(limit, _LOSSY_LIMITS.get(codec, math.inf))
 
     def _compare(
         self, sequence: LiveSequence, ids: TokenIds, info: BlockInfo, n: int, found: _Findings, *, skip: bool = False
@@ -207,13 +224,13 @@ class Auditor:
         """Go on with a computation up to the end of a block, and compare it."""
         self._engine.prefill(sequence, ids, upto=info.start + n)
         if not skip:
-            self._note(info.key, self._drift(sequence, info, n), found)
+            self._note(info, self._drift(sequence, info, n), found)
         for layer in hf.layers_of(sequence.cache):
             layer.captured = len(sequence.ids)  # rows outside a window may go now
 
     def _drift(self, sequence: LiveSequence, info: BlockInfo, n: int) -> float | None:
         """Return the largest difference of a stored block from the rows of a cache; None when it is gone."""
-        source = self._engine.store.open(info.key)
+        source = self._engine.store.open(info.key, any_codec=True)
         if source is None:
             return None
         largest = 0.0
@@ -244,16 +261,17 @@ class Auditor:
             computed = hf.state_tensors(sequence.cache.layers[number])
             pairs = zip(hf.tensors_in(attributes), computed, strict=True)
             drift = max([drift, *(_difference(a.cpu(), b.cpu()) for a, b in pairs)])
-        self._note(snapshot.info.key, drift, found)
+        self._note(snapshot.info, drift, found)
 
-    def _note(self, key: bytes, drift: float | None, found: _Findings) -> None:
+    def _note(self, info: BlockInfo, drift: float | None, found: _Findings) -> None:
         if drift is None:
             return
         found.checked += 1
-        if drift <= self._limit:
+        found.lossy += info.codec != LOSSLESS
+        if drift <= self._limit(info.codec):
             found.largest = max(found.largest, drift)
         else:
-            found.bad[key] = drift
+            found.bad[info.key] = drift
 
     def _discard(self, found: _Findings) -> None:
         for key, drift in found.bad.items():

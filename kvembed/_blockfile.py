@@ -62,7 +62,7 @@ class EncodedBlock:
     def _part(self) -> int:
         """Bytes in which the KV is read: those of one head, or what divides the heads of all tensors."""
         n = self.block.info.n_tokens
-        return math.gcd(*(spec.row_nbytes * n for spec in self.block.layout.tensors))
+        return math.gcd(*(spec.row_nbytes * spec.rows(n) for spec in self.block.layout.tensors))
 
     def buffers(self) -> Sequence[memoryview]:
         """Return the content of the file, piece by piece."""
@@ -136,19 +136,31 @@ class BlockFileSource:
         for number, target in enumerate(rows, start=index):
             spec = self.layout.tensors[number]
             heads, n, width = target.shape
-            if heads != spec.heads or width != spec.row_nbytes or target.itemsize != 1 or not 0 <= skip <= total - n:
+            fits = 0 <= skip <= spec.rows(total) - n
+            if heads != spec.heads or width != spec.row_nbytes or target.itemsize != 1 or not fits:
                 raise ConfigError(f"rows {target.shape} do not fit tensor {number} of a block of {total} tokens")
-        if all(target.shape[1] == total for target in rows):
+        specs = self.layout.tensors[index : index + len(rows)]
+        if all(target.shape[1] == spec.rows(total) for target, spec in zip(rows, specs, strict=True)):
             self._read(
                 index,
                 [[t.data.cast("B")] if t.flags.c_contiguous else [head.data.cast("B") for head in t] for t in rows],
             )
             return
         # The checksum is of the whole tensor, so a part costs a read of all of it, through a buffer.
-        whole = [np.empty((target.shape[0], total, target.shape[2]), np.uint8) for target in rows]
-        self._read(index, [[buffer.data.cast("B")] for buffer in whole])
-        for target, buffer in zip(rows, whole, strict=True):
-            target[:] = buffer[:, skip : skip + target.shape[1]]
+        for target, whole in zip(rows, self.read(index, len(rows)), strict=True):
+            target[:] = whole[:, skip : skip + target.shape[1]]
+
+    def read(self, index: int, count: int) -> list[np.ndarray]:
+        """Read and check tensors; see `kvembed._tiers._base.BlockSource.read`."""
+        n = self.info.n_tokens
+        begin, end = self.layout.offset(index, n), self.layout.offset(index + count, n)
+        buffer = np.empty(end - begin, np.uint8)
+        parts: list[np.ndarray] = []
+        for number in range(index, index + count):
+            spec, at = self.layout.tensors[number], self.layout.offset(number, n) - begin
+            parts.append(buffer[at : at + spec.nbytes(n)].reshape(spec.heads, spec.rows(n), spec.row_nbytes))
+        self._read(index, [[part.data.cast("B")] for part in parts])
+        return parts
 
     def _read(self, index: int, tensors: Sequence[Sequence[memoryview]]) -> None:
         """Fill the buffers of consecutive tensors and check each tensor."""

@@ -23,6 +23,7 @@ from typing import Any
 import xxhash
 
 from kvembed._block import Block, BlockInfo, Layout, TensorSpec
+from kvembed._codecs.names import LOSSLESS, fidelity
 from kvembed._errors import BlockFormatError, EncryptedBlockError
 
 __all__ = [
@@ -35,8 +36,9 @@ __all__ = [
     "parse_length",
 ]
 
-FORMAT_VERSION = 1
-"""Version of the block file; another number is refused by name, and reading it is left to that version."""
+FORMAT_VERSION = 2
+"""Version of the block file; a greater one is refused by name, and reading it is left to that version. A block that has
+been through no codec is still written as version 1, byte for byte."""
 
 MAX_HEADER_BYTES = 2 << 20
 """Room for more than 10,000 tensors. JSON made to be large in memory grows some 25 times when it is parsed."""
@@ -46,6 +48,7 @@ _MAX_TOKENS = 1 << 20
 _ALIGN = 64
 _NAME = re.compile(r"([0-9]{4,9})\.([A-Za-z0-9_]{1,64})")
 _IDS = "token_ids"
+_DECODED = frozenset({"F32", "F16", "BF16"})
 _META_KEY = b'"__metadata__":'
 
 
@@ -91,7 +94,7 @@ def _tensor_section(layout: Layout, n: int) -> bytes:
     at = 0
     for spec in layout.tensors:
         end = at + spec.nbytes(n)
-        shape = f"[{spec.heads},{n},{spec.width}]"
+        shape = f"[{spec.heads},{spec.rows(n)},{spec.width}]"
         entries.append(
             f'"{spec.layer:04d}.{spec.name}":{{"dtype":"{spec.dtype}","shape":{shape},"data_offsets":[{at},{end}]}}'
         )
@@ -117,9 +120,10 @@ def build_header(block: Block, created: float, writer: str) -> bytes:
         end = at + spec.nbytes(info.n_tokens)
         checksums.append(_hex(data[at:end]))
         at = end
+    lossless = block.layout.dtype is None and info.codec == LOSSLESS
     identity = json.dumps(
         {
-            "format": FORMAT_VERSION,
+            "format": 1 if lossless else 2,
             "key": info.key.hex(),
             "parent": info.parent.hex(),
             "namespace": info.namespace.hex(),
@@ -131,6 +135,7 @@ def build_header(block: Block, created: float, writer: str) -> bytes:
             "tensors": _hex(section),
             "checksums": checksums,
             "ids_checksum": _hex(block.token_ids.data),
+            **({} if lossless else {"codec": info.codec, "dtype": block.layout.dtype}),
         },
         separators=(",", ":"),
     )
@@ -184,15 +189,22 @@ def _parse(header: bytes, file_nbytes: int) -> BlockHeader:
         raise BlockFormatError("the metadata does not match its checksum")
     fields = _object(identity.encode())
     version = fields["format"]
-    if version != FORMAT_VERSION:
-        raise BlockFormatError(f"written in block format {version!r}; this version of kvembed reads {FORMAT_VERSION}")
+    if version not in (1, 2) or type(version) is not int:
+        raise BlockFormatError(
+            f"written in block format {version!r}; this version of kvembed reads up to {FORMAT_VERSION}"
+        )
     section = header[1:cut]
     if header[:1] != b"{" or fields["tensors"] != _hex(section):
         raise BlockFormatError("the tensor list does not match its checksum")
-    layout, n = _parse_section(section)
+    codec, dtype = (LOSSLESS, None) if version == 1 else (_codec(fields["codec"]), fields["dtype"])
+    if dtype is not None and dtype not in _DECODED:
+        raise BlockFormatError("the codec decodes to a type that no cache has")
+    layout, n = _parse_section(section, dtype)
     checksums = tuple(_u64(text) for text in fields["checksums"])
     if n != _integer(fields["n_tokens"]) or len(checksums) != len(layout.tensors):
         raise BlockFormatError("the metadata does not fit the tensors")
+    if codec != LOSSLESS and fields["exact"] is not False:
+        raise BlockFormatError("a block that was in a lossy codec cannot be exact")
     if type(fields["exact"]) is not bool or type(fields["created"]) not in (int, float):
         raise BlockFormatError("a metadata field has the wrong type")
     info = BlockInfo(
@@ -203,6 +215,7 @@ def _parse(header: bytes, file_nbytes: int) -> BlockHeader:
         n_tokens=n,
         exact=fields["exact"],
         nbytes=layout.nbytes(n),
+        codec=codec,
     )
     result = BlockHeader(
         info, layout, 8 + len(header), checksums, _u64(fields["ids_checksum"]), float(fields["created"])
@@ -240,6 +253,12 @@ def _digest(text: str) -> bytes:
     return value
 
 
+def _codec(name: Any) -> str:
+    if type(name) is not str or fidelity(name) < 0:
+        raise BlockFormatError("it is in a codec that this version of kvembed does not know")
+    return name
+
+
 def _u64(text: str) -> int:
     if len(text) != 16:
         raise BlockFormatError("a checksum in the header is not 8 bytes")
@@ -249,7 +268,7 @@ def _u64(text: str) -> int:
 # Remembered: one model makes blocks of one or two shapes, and reading 60 entries costs more than all the
 # rest of the header. Sharing the Layout also makes comparing it with another block's a pointer comparison.
 @lru_cache(maxsize=32)
-def _parse_section(section: bytes) -> tuple[Layout, int]:
+def _parse_section(section: bytes, dtype: str | None) -> tuple[Layout, int]:
     entries = _object(b"{" + section.rstrip(b",") + b"}")
     ids = entries.pop(_IDS)
     (n,) = ids["shape"]
@@ -259,10 +278,15 @@ def _parse_section(section: bytes) -> tuple[Layout, int]:
     for name, entry in entries.items():
         match = _NAME.fullmatch(name)
         heads, rows, width = entry["shape"]
-        if match is None or rows != n:
+        if match is None or (dtype is None and "_scale_" in match[2]):
             raise BlockFormatError(f"{name!r} is not a tensor of a block")
-        specs.append(TensorSpec(int(match[1]), match[2], _integer(heads), _integer(width), entry["dtype"]))
-    layout = Layout(tuple(specs))
+        spec = TensorSpec(int(match[1]), match[2], _integer(heads), _integer(width), entry["dtype"])
+        if rows != spec.rows(n):
+            raise BlockFormatError(f"{name!r} is not a tensor of a block")
+        specs.append(spec)
+    layout = Layout(tuple(specs), dtype)
+    if not layout.places:
+        raise BlockFormatError("a block of no tensors")
     # The entries must be exactly those that a writer makes from this layout: no holes, no overlaps, no
     # other order. Comparing bytes says all of it at once.
     if _tensor_section(layout, n) != section:

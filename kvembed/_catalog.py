@@ -28,7 +28,7 @@ _PRIORITY = (
     "(SELECT value FROM meta WHERE name = 'age') + worth * "
     "(SELECT seconds_per_token FROM namespaces WHERE id = namespace)"
 )
-_INFO = "key, parent, namespace, start, n_tokens, exact, nbytes"
+_INFO = "key, parent, namespace, start, n_tokens, exact, nbytes, codec"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Catalog(CatalogBase):
 
     def _info(self, row: Sequence[Any]) -> BlockInfo:
         key, parent = self.codec.original(row[0]), self.codec.original(row[1])
-        return BlockInfo(key, parent, self._digest(row[2]), row[3], row[4], row[5] == 1, row[6])
+        return BlockInfo(key, parent, self._digest(row[2]), row[3], row[4], row[5] == 1, row[6], row[7])
 
     # -- blocks ------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Catalog(CatalogBase):
     def rows(self, tail: str = "", values: Sequence[Any] = ()) -> Iterator[BlockRow]:
         """Return the rows chosen by ``tail``: SQL after ``SELECT ... FROM blocks``, with keys as the codec has them."""
         sql = f"SELECT {_INFO}, file_bytes, created, last_used, hits, children, pins FROM blocks {tail}"
-        return (BlockRow(self._info(row), *row[7:]) for row in self._query(sql, values))
+        return (BlockRow(self._info(row), *row[8:]) for row in self._query(sql, values))
 
     def children(self, parent: bytes, limit: int = 1000) -> list[BlockInfo]:
         """Return the blocks that follow ``parent``, latest first, at most ``limit`` (-1 for all)."""
@@ -158,17 +158,17 @@ class Catalog(CatalogBase):
                 now = max(created, self._touched.get(info.key, 0.0))
                 key, parent = self.codec.key(info.key), self.codec.key(info.parent)
                 values = (self.add_namespace(info.namespace), info.start, info.n_tokens)
-                values += (self.codec.probe(probe), int(info.exact))
+                values += (self.codec.probe(probe), int(info.exact), info.codec)
                 values += (info.nbytes, file_bytes, created, worth(info, file_bytes), now)
                 # Not INSERT OR REPLACE: it would lose hits and pins, and run no delete trigger.
                 sql = (
-                    "UPDATE blocks SET namespace = ?, start = ?, n_tokens = ?, probe = ?, exact = ?, nbytes = ?, "
-                    "file_bytes = ?, created = ?, worth = ?, last_used = max(last_used, ?) WHERE key = ?"
+                    "UPDATE blocks SET namespace = ?, start = ?, n_tokens = ?, probe = ?, exact = ?, codec = ?, "
+                    "nbytes = ?, file_bytes = ?, created = ?, worth = ?, last_used = max(last_used, ?) WHERE key = ?"
                 )
                 if db.execute(sql, (*values, key)).rowcount == 0:
                     sql = (
-                        "INSERT INTO blocks (namespace, start, n_tokens, probe, exact, nbytes, file_bytes, created, "
-                        "worth, last_used, key, parent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                        "INSERT INTO blocks (namespace, start, n_tokens, probe, exact, codec, nbytes, file_bytes, "
+                        "created, worth, last_used, key, parent) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
                     )
                     db.execute(sql, (*values, key, parent))
                 db.execute(f"UPDATE blocks SET priority = {_PRIORITY} WHERE key = ?", (key,))

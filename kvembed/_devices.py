@@ -8,6 +8,7 @@ import numpy as np
 
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
+from kvembed._codecs.names import LOSSLESS
 from kvembed._transfer import Transfers
 from kvembed._transfer.offload import Offload
 
@@ -88,7 +89,9 @@ class Devices:
                 continue  # windows may have moved past it
             parent = keys[number - 1] if number else sequence.root
             ids = np.ascontiguousarray(sequence.ids[start:end])
-            info = BlockInfo(key, parent, namespace, start, size, sequence.exact >= end, spec.layout.nbytes(size))
+            codec, nbytes = sequence.codec_at(end), spec.layout.nbytes(size)
+            exact = sequence.exact >= end and codec == LOSSLESS
+            info = BlockInfo(key, parent, namespace, start, size, exact, nbytes, codec)
             if not self._store.put_on_device(hf.device_block(sequence.cache, info, ids, spec.layout, self.transfers)):
                 return  # what follows is only further from the root
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from kvembed import hf
 from kvembed._block import BlockInfo
+from kvembed._codecs.names import LOSSLESS
 from kvembed._devices import Devices
 from kvembed._html import COMPUTED
 from kvembed._keys import PROBE_TOKENS, as_token_ids, block_key, root_key
@@ -181,10 +182,12 @@ class Engine:
         if not pieces:
             return sequence, None, runs
         if front:
+            self._mark_lossy(sequence, pieces)
             restore = Restore(sequence.cache, pieces, self.block_size, self._devices.transfers, behind=True)
             restore.start()
             return sequence, restore, runs
         exact_before = sequence.exact == match.live_tokens
+        self._mark_lossy(sequence, pieces)
         restore = Restore(sequence.cache, pieces, self.block_size, self._devices.transfers)
         length = restore.length
         sequence.ids = ids[:length]
@@ -193,6 +196,9 @@ class Engine:
         if exact_before:
             run = min(exact_run(match.blocks), full - match.live_tokens // self.block_size)
             sequence.exact = match.live_tokens + self.block_size * run
+        if match.snapshot is not None:
+            # Its values are as they were; what they were computed on may not have been.
+            sequence.mark_lossy(length - 1, match.snapshot.info.codec)
         if match.snapshot is not None and not match.snapshot.info.exact:
             sequence.exact = min(sequence.exact, (length - 1) // self.block_size * self.block_size)
         sequence.keys = match.keys[:full]
@@ -209,6 +215,11 @@ class Engine:
         if sequence.exact == front:
             sequence.exact = min(front + size * exact_run(match.blocks[front // size :]), full * size)
         sequence.keys = match.keys[:full]
+
+    @staticmethod
+    def _mark_lossy(sequence: LiveSequence, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            sequence.mark_lossy(piece.start, piece.source.info.codec)
 
     def _new_cache(self, capacity: int) -> Any:
         return hf.new_cache(self.spec, self.model.config, capacity, self._pool)
@@ -238,6 +249,8 @@ class Engine:
         hf.copy_prefix(live.cache, fork.cache, n, n // self.block_size * self.block_size)
         edge = n // self.block_size * self.block_size
         fork.exact, fork.captured = min(live.exact, edge), min(live.captured, edge)
+        if live.faithful is not None and n > live.faithful:
+            fork.mark_lossy(live.faithful, live.codec)
         return fork
 
     def _open_pieces(self, match: Match, ids: TokenIds, position: int) -> list[Piece]:
@@ -346,12 +359,13 @@ class Engine:
         parent = self._parent(sequence, start)
         ids = np.ascontiguousarray(sequence.ids[start:end])
         key = block_key(parent, ids)
+        codec, size = sequence.codec_at(end), self.spec.layout.nbytes(end - start)
+        exact = exact and codec == LOSSLESS
+        info = BlockInfo(key, parent, self.fingerprint.digest, start, end - start, exact, size, codec)
         known = self.store.lookup([key])
-        if known and (known[0].info.exact or not exact):
+        if known and known[0].info.rank >= self.store.rank_of(info, self.spec.layout):
             return 0
-        layout = self.spec.layout
-        info = BlockInfo(key, parent, self.fingerprint.digest, start, end - start, exact, layout.nbytes(end - start))
-        self.store.put(self._devices.block(sequence.cache, info, ids, layout))
+        self.store.put(self._devices.block(sequence.cache, info, ids, self.spec.layout))
         return end - start
 
     def keep(self, sequence: LiveSequence) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvembed._codecs.names import fidelity
 from kvembed._fingerprint import describe_difference
 from kvembed._keys import PROBE_TOKENS, block_key, common_prefix, root_key
 from kvembed._match import Explanation, classify, context
@@ -80,6 +81,20 @@ def explain_prompt(
             )
     if position >= len(ids) - 1:
         return Explanation("hit", position, len(ids), position, nearest_tokens=position)
+    lossy = _lossy(engine, found)
+    if lossy is not None:
+        here, at = context(ids.tolist(), position, decode)
+        return Explanation(
+            "lossy",
+            position,
+            len(ids),
+            position,
+            nearest_tokens=position,
+            here=here,
+            here_offset=at,
+            hint=f"What follows is stored as {lossy}. Open the store with codec={lossy!r} to use it; opened with "
+            f"codec={engine.store.codec!r} it is computed again, and then stored so.",
+        )
     lost = _lost(engine, found)
     own = _nearest(engine, found.root, ids)
     for live in engine.live.of_root(found.root):
@@ -211,6 +226,13 @@ def _lost(engine: Engine, found: Match) -> ExplanationKind | None:
     return reason if reason in ("evicted", "removed", "quarantined") else None
 
 
+def _lossy(engine: Engine, found: Match) -> str | None:
+    """Return the codec of the next block when it is here, but not stored faithfully enough for this store."""
+    at = found.tokens // found.block_size
+    codec = engine.store.codec_of(found.keys[at]) if at < len(found.keys) else None
+    return codec if codec is not None and fidelity(codec) < fidelity(engine.store.codec) else None
+
+
 def miss_reason(engine: Engine, found: Match, ids: TokenIds, cached: int) -> str | None:
     """Say in a few words why a call computed what it did; cheap enough for every call."""
     rest = len(ids) - cached
@@ -218,6 +240,9 @@ def miss_reason(engine: Engine, found: Match, ids: TokenIds, cached: int) -> str
         return None
     if found.without_state >= _WORTH_SAYING:
         return f"no recurrent state is stored for the {format_count(found.without_state)} tokens after {cached:,}"
+    lossy = _lossy(engine, found)
+    if lossy is not None:
+        return f"stored as {lossy} only from token {format_count(cached)} on, this store reads {engine.store.codec}"
     lost = _lost(engine, found)
     if lost is not None:
         return f"{lost} from token {format_count(cached)} on"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvembed import hf
+from kvembed._codecs.names import LOSSLESS, worst
 from kvembed._keys import common_prefix
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ class LiveSequence:
         keys: Keys of its leading full blocks, as far as they were needed.
         has_state: True when some layer holds a state: then it is good at its very end only.
         snapshot_at: Where a snapshot of that state was stored last.
+        faithful: Leading tokens whose KV has been through no lossy codec, nor was computed on such; None for all.
+        codec: The least faithful codec that the KV after those has been through.
     """
 
     cache: Any
@@ -41,6 +44,18 @@ class LiveSequence:
     keys: list[bytes] = field(default_factory=list)
     has_state: bool = False
     snapshot_at: int = 0
+    faithful: int | None = None
+    codec: str = LOSSLESS
+
+    def mark_lossy(self, start: int, codec: str) -> None:
+        """Note that KV from position ``start`` on, and with it all that is computed after it, has been in a codec."""
+        if codec != LOSSLESS:
+            self.faithful = start if self.faithful is None else min(self.faithful, start)
+            self.codec = worst(self.codec, codec)
+
+    def codec_at(self, end: int) -> str:
+        """Return the least faithful codec that the KV of the tokens before ``end`` has been through."""
+        return LOSSLESS if self.faithful is None or end <= self.faithful else self.codec
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +70,8 @@ class LiveSequence:
         self.exact = min(self.exact, edge)
         self.captured = min(self.captured, edge)
         del self.keys[length // block_size :]
+        if self.faithful is not None and length <= self.faithful:
+            self.faithful, self.codec = None, LOSSLESS
 
     def can_keep(self, length: int, block_size: int) -> bool:
         """True when every layer still holds what ``length`` tokens need."""

@@ -30,6 +30,7 @@ ExplanationKind: TypeAlias = Literal[
     "retokenized",
     "diverged",
     "recomputed",
+    "lossy",
     "bypassed",
 ]
 """Why a prompt was not reused further than it was; ``hit`` when all that can be reused is there."""
@@ -48,6 +49,7 @@ _TITLES: dict[str, str] = {
     "retokenized": "same text, other tokens",
     "diverged": "the text goes on differently",
     "recomputed": "stored, but faster to compute than to load",
+    "lossy": "stored in a lossy codec only",
     "bypassed": "not cached for this model",
 }
 

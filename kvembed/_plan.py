@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvembed._codecs.names import LOSSLESS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Speeds", "plan_of"]
 
 _IN_MEMORY = frozenset({"cpu", "gpu"})
-"""Tiers that are as fast as memory: never slower than computing."""
+"""Tiers that are as fast as memory."""
 
 _MARGIN = 1.25
 """Computing must be this much faster, as measured, to be preferred: measurements are noisy, reading costs no power."""
@@ -55,6 +57,8 @@ class Plan:
 class Speeds:
     """Bytes a second of the tiers of one store, measured as calls go by and kept in its catalog.
 
+    Each codec has a speed of its own: stored bytes a second, decoding included.
+
     Args:
         store: Whose tiers they are.
     """
@@ -62,9 +66,9 @@ class Speeds:
     def __init__(self, store: KVStore) -> None:
         self._store = store
 
-    def of(self, tier: str) -> float | None:
+    def of(self, tier: str, codec: str = LOSSLESS) -> float | None:
         """Return bytes a second, or None while nobody measured it lately."""
-        noted = self._store.get_note(_MACHINE, f"speed/{tier}")
+        noted = self._store.get_note(_MACHINE, self._name(tier, codec))
         if not isinstance(noted, dict):
             return None
         speed, at = noted.get("bytes_per_second"), noted.get("at")
@@ -72,16 +76,25 @@ class Speeds:
             return None
         return float(speed) if 0 <= time.time() - at <= _BELIEVED_S else None
 
-    def note(self, tier: str, nbytes: int, seconds: float) -> None:
+    @staticmethod
+    def _name(tier: str, codec: str) -> str:
+        return f"speed/{tier}" if codec == LOSSLESS else f"speed/{tier}/{codec}"
+
+    def note(self, tier: str, nbytes: int, seconds: float, codec: str = LOSSLESS) -> None:
         """Remember one measurement."""
-        if tier in _IN_MEMORY or nbytes < _LEAST_BYTES or seconds <= 0:
+        if _is_copied(tier, codec) or nbytes < _LEAST_BYTES or seconds <= 0:
             return
-        speed, known = nbytes / seconds, self.of(tier)
+        speed, known = nbytes / seconds, self.of(tier, codec)
         if known is not None:
             if abs(speed / known - 1.0) < _SAME:
                 return  # not worth a write to the catalog
             speed = 0.5 * speed + 0.5 * known
-        self._store.set_note(_MACHINE, f"speed/{tier}", {"bytes_per_second": speed, "at": time.time()})
+        self._store.set_note(_MACHINE, self._name(tier, codec), {"bytes_per_second": speed, "at": time.time()})
+
+
+def _is_copied(tier: str, codec: str) -> bool:
+    """True for what is no slower than memory: never slower than computing. What has to be decoded may be."""
+    return tier in _IN_MEMORY and codec == LOSSLESS
 
 
 def plan_of(match: Match, speeds: Speeds, rate: float | None, *, may_split: bool) -> Plan:
@@ -94,7 +107,7 @@ def plan_of(match: Match, speeds: Speeds, rate: float | None, *, may_split: bool
         may_split: Whether leading blocks can be computed while others are read: rows of full attention only.
     """
     stored = match.stored
-    near = next((i for i, (block, _) in enumerate(stored) if block.tier not in _IN_MEMORY), len(stored))
+    near = next((i for i, (block, _) in enumerate(stored) if not _is_copied(block.tier, block.info.codec)), len(stored))
     far = stored[near:]
     if rate is None or not far:
         return Plan(match)
@@ -119,12 +132,15 @@ def plan_of(match: Match, speeds: Speeds, rate: float | None, *, may_split: bool
 
 
 def _seconds_to_load(far: Sequence[tuple[StoredBlock, int]], speeds: Speeds) -> float | None:
-    known: dict[str, Any] = {}
+    known: dict[tuple[str, str], float | None] = {}
     total = 0.0
     for block, n in far:
-        if block.tier not in known:
-            known[block.tier] = speeds.of(block.tier)
-        if known[block.tier] is None:
+        kind = block.tier, block.info.codec
+        if kind not in known:
+            known[kind] = None if _is_copied(*kind) else speeds.of(*kind)
+        speed = known[kind]
+        if speed is not None:
+            total += block.info.nbytes * n / max(1, block.info.n_tokens) / speed
+        elif not _is_copied(*kind):
             return None
-        total += block.info.nbytes * n / max(1, block.info.n_tokens) / known[block.tier]
     return total

@@ -201,10 +201,11 @@ def _cut(block: Block, n: int, header_only: bool) -> Block:
     info, ids = block.info, np.ascontiguousarray(block.token_ids[:n])
     data = block.data
     if not header_only:
-        parts = [block.tensor(i)[:, :n].reshape(-1) for i in range(len(block.layout.tensors))]
+        tensors = enumerate(block.layout.tensors)
+        parts = [block.tensor(i)[:, : spec.rows(n)].reshape(-1) for i, spec in tensors]
         data = np.concatenate(parts)
     nbytes = block.layout.nbytes(n)
-    cut = BlockInfo(block_key(info.parent, ids), info.parent, info.namespace, info.start, n, False, nbytes)
+    cut = BlockInfo(block_key(info.parent, ids), info.parent, info.namespace, info.start, n, False, nbytes, info.codec)
     return Block(cut, ids, block.layout, data)
 
 
@@ -389,7 +390,7 @@ def _put(store: StoreAdmin, block: Block) -> bool | None:
     if tier is None:
         return None
     before = tier.contains([block.key])[0]
-    if before is not None and (before.exact or not block.info.exact):
+    if before is not None and before.rank >= block.info.rank:
         tier.touch([block.key])
         return False
     if not tier.put(block):

@@ -122,13 +122,14 @@ class Restore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes to be read."""
-        return sum(piece.source.layout.nbytes(piece.n_tokens) for piece in self._pieces)
+        """Bytes to be read, as they are stored."""
+        infos = ((piece.source.info, piece.n_tokens) for piece in self._pieces)
+        return sum(info.nbytes * n // info.n_tokens for info, n in infos)
 
     @property
-    def tiers(self) -> set[str]:
-        """Where they come from."""
-        return {piece.source.tier for piece in self._pieces}
+    def kinds(self) -> set[tuple[str, str]]:
+        """Tiers they come from, and codecs they are in."""
+        return {(piece.source.tier, piece.source.info.codec) for piece in self._pieces}
 
     @property
     def length(self) -> int:

@@ -138,7 +138,12 @@ CREATE TRIGGER call_removed AFTER DELETE ON calls BEGIN
 END;
 """
 
-MIGRATIONS: tuple[tuple[str, str], ...] = (("001_initial", _M001), ("002_budgets", _M002))
+_M003 = """
+-- The least faithful codec that a block's values have been through; a store reads what is good enough for its own.
+ALTER TABLE blocks ADD COLUMN codec TEXT NOT NULL DEFAULT 'lossless';
+"""
+
+MIGRATIONS: tuple[tuple[str, str], ...] = (("001_initial", _M001), ("002_budgets", _M002), ("003_codecs", _M003))
 SCHEMA_VERSION = len(MIGRATIONS)
 
 

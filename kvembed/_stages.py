@@ -168,10 +168,10 @@ class Stages:
         restore = attempt.restore
         if restore is not None:
             restore.finish()
-            tier, *others = restore.tiers
+            (tier, codec), *others = restore.kinds
             if not others:
                 with contextlib.suppress(StoreClosedError):
-                    self._engine.speeds.note(tier, restore.nbytes, restore.seconds)
+                    self._engine.speeds.note(tier, restore.nbytes, restore.seconds, codec)
 
     def _keep(self, attempt: Attempt) -> None:
         """Store what the call has learned; keep its cache live unless it was given away."""

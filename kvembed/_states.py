@@ -13,6 +13,7 @@ import numpy as np
 
 from kvembed import hf
 from kvembed._block import Block, BlockInfo
+from kvembed._codecs.names import LOSSLESS, fidelity
 from kvembed._keys import SNAPSHOT_IDS, block_key, snapshot_key
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ class Snapshots:
         """
         position = len(sequence.ids)
         sequence.snapshot_at = position
-        exact = position > 0 and sequence.exact == position
+        codec = sequence.codec_at(position)
+        exact = position > 0 and sequence.exact == position and codec == LOSSLESS
         key = snapshot_key(prefix_key)
         known = self._store.lookup([key])
-        if known and (known[0].info.exact or not exact):
+        if known and known[0].info.rank >= (fidelity(codec), exact):
             return
         layout, data = hf.capture_states(sequence.cache, self._spec)
-        info = BlockInfo(key, prefix_key, self._namespace, position, 1, exact, data.nbytes)
+        info = BlockInfo(key, prefix_key, self._namespace, position, 1, exact, data.nbytes, codec)
         self._store.put(Block(info, SNAPSHOT_IDS, layout, data))
 
     def find(

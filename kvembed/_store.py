@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kvembed._budgets import check_gpu_budget, cpu_budget, free_gpu_memory, gpu_budget
+from kvembed._codecs.names import LOSSLESS, changed_dtypes, check_codec, fidelity, worst
 from kvembed._errors import ConfigError, KVEmbedError, StoreClosedError, StoreWarning
 from kvembed._html import mimebundle, panel
 from kvembed._keys import PROBE_TOKENS, probe_of, snapshot_key
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvembed._admission import Admission
-    from kvembed._block import Block, BlockInfo
+    from kvembed._block import Block, BlockInfo, Layout
     from kvembed._blockfile import BlockFileSource
     from kvembed._catalog import Catalog
     from kvembed._encryption.sources import Key
@@ -76,11 +77,15 @@ class KVStore(StoreAdmin):
             ``"env"`` for the variable ``KVEMBED_KEY``, or ``"keyring"`` (``"keyring:name"``) for the keyring of the
             operating system. A new or empty folder becomes an encrypted store, which is opened with the same key from
             then on; None takes ``KVEMBED_KEY`` for one that is encrypted. See ``docs/howto/encryption.md``.
+        codec: How keys and values are stored in host memory and on disk: ``"lossless"``, or smaller with a small error:
+            ``"bf16"`` (for models in float32), ``"k16v8"``, ``"int8"``, ``"fp8"``. A store reads what is stored at
+            least as faithfully as its codec does it, so a lossless one never reads a lossy block. What a call computes
+            on top of lossy KV is stored as lossy too, and ``usage.lossy`` names the codec.
         read_only: True never writes to the folder. None finds out: a store in a folder that cannot be
             written is opened read-only, with a `StoreWarning`.
 
     Raises:
-        ConfigError: A budget, the path or the key cannot work.
+        ConfigError: A budget, the path, the codec or the key cannot work.
         StoreKeyError: The store is encrypted, and this is not its key; or it is not, and has blocks.
         StoreReadOnlyError: The folder cannot be written and holds no store.
         StoreFormatError: The store was written by a newer kvembed.
@@ -101,6 +106,7 @@ class KVStore(StoreAdmin):
         ttl: int | float | str | None = None,
         durability: str = "fast",
         key: Key | None = None,
+        codec: str = LOSSLESS,
         read_only: bool | None = None,
     ) -> None:
         from kvembed._store_open import DiskOptions, chores, open_disk, open_folder
@@ -111,6 +117,7 @@ class KVStore(StoreAdmin):
         self._options = options = DiskOptions(
             max_disk_bytes, max_write_bytes_per_day, max_namespace_bytes, write_policy, ttl, durability, key
         )
+        self._codec = check_codec(codec)
         self._closed = False
         self._pid = os.getpid()
         self._problems = ProblemLog()
@@ -219,6 +226,32 @@ class KVStore(StoreAdmin):
         """Budget on disk, 0 when the tier is off."""
         return self._disk.max_bytes if self._disk is not None else 0
 
+    # -- codecs ------------------------------------------------------------------------------------
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec in which this store keeps blocks."""
+        return self._codec
+
+    def reads(self, info: BlockInfo) -> bool:
+        """True for a block that is at least as faithful as what this store's codec makes."""
+        return fidelity(info.codec) >= fidelity(self._codec)
+
+    def rank_of(self, info: BlockInfo, layout: Layout) -> tuple[int, bool]:
+        """Return the rank that a block (not in a codec yet) would have here, as far as its layout tells."""
+        if any(spec.dtype in changed_dtypes(self._codec) for spec in layout.tensors if spec.name in ("k", "v")):
+            return fidelity(worst(info.codec, self._codec)), False
+        return info.rank
+
+    def codec_of(self, key: bytes) -> str | None:
+        """Return the least faithful codec that a stored block has been through, whether it is read here or not."""
+        self._enter()
+        infos = [tier.contains([key])[0] for tier in self._memory]
+        if self._disk is not None:
+            with self._quiet("codec_of"):
+                infos += self._disk.contains([key])
+        return max((info.codec for info in infos if info is not None), key=fidelity, default=None)
+
     # -- finding -----------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes], *, exact_only: bool = False) -> list[StoredBlock]:
@@ -242,7 +275,7 @@ class KVStore(StoreAdmin):
                 result.append(stored)
                 continue
             found = on_disk.get(key)
-            if found is None or (exact_only and not found.exact):
+            if found is None or (exact_only and not found.exact) or not self.reads(found):
                 break
             result.append(StoredBlock(found, "disk"))
         return result
@@ -252,7 +285,7 @@ class KVStore(StoreAdmin):
         result: list[StoredBlock | None] = [None] * len(keys)
         for tier in self._memory:
             for i, info in enumerate(tier.contains(keys)):
-                if result[i] is None and info is not None and (info.exact or not exact_only):
+                if result[i] is None and info is not None and (info.exact or not exact_only) and self.reads(info):
                     result[i] = StoredBlock(info, tier.name)
         return result
 
@@ -265,7 +298,7 @@ class KVStore(StoreAdmin):
         if self._disk is not None and missing:
             with self._quiet("lookup"):
                 for i, info in zip(missing, self._disk.contains([keys[i] for i in missing]), strict=True):
-                    result[i] = None if info is None else StoredBlock(info, "disk")
+                    result[i] = None if info is None or not self.reads(info) else StoredBlock(info, "disk")
         return result
 
     def find_tail(self, parent: bytes, ids: TokenIds) -> tuple[StoredBlock, int] | None:
@@ -289,16 +322,18 @@ class KVStore(StoreAdmin):
         for tier in reversed(self._memory):
             candidates |= {info.key: StoredBlock(info, tier.name) for info in tier.tails(parent, probe)}
         best: tuple[StoredBlock, int] | None = None
-        best_rank: tuple[int, bool, bool, int] | None = None
+        best_rank: tuple[int, tuple[int, bool], bool, int] | None = None
         for stored in candidates.values():
+            if not self.reads(stored.info):
+                continue
             own = self._token_ids(stored.info.key)
             if own is None:
                 continue
             n = min(len(own), len(ids))
             differs = np.flatnonzero(own[:n] != ids[:n])
             shared = int(differs[0]) if len(differs) else n
-            # Among equals the exact one, then the faster one, then the shorter: less to read.
-            rank = (shared, stored.info.exact, stored.tier != "disk", -stored.info.n_tokens)
+            # Among equals the better one, then the faster one, then the shorter: less to read.
+            rank = (shared, stored.info.rank, stored.tier != "disk", -stored.info.n_tokens)
             if shared >= PROBE_TOKENS and (best_rank is None or rank > best_rank):
                 best, best_rank = (stored, shared), rank
         return best
@@ -329,8 +364,13 @@ class KVStore(StoreAdmin):
                     self._ids.popitem(last=False)
         return ids
 
-    def children(self, parent: bytes) -> list[BlockInfo]:
-        """Return what is known of every stored block of tokens that follows ``parent``."""
+    def children(self, parent: bytes, *, any_codec: bool = False) -> list[BlockInfo]:
+        """Return what is known of every stored block of tokens that follows ``parent``.
+
+        Args:
+            parent: Key of a block, or a root.
+            any_codec: Those that this store does not read as well: to look at, not to be used.
+        """
         self._enter()
         found: dict[bytes, BlockInfo] = {}
         if self._disk is not None:
@@ -339,7 +379,7 @@ class KVStore(StoreAdmin):
         for tier in self._memory:
             found |= {info.key: info for info in tier.children(parent)}
         found.pop(snapshot_key(parent), None)
-        return list(found.values())
+        return [info for info in found.values() if any_codec or self.reads(info)]
 
     def why_missing(self, key: bytes) -> str | None:
         """Return ``"evicted"``, ``"quarantined"`` or ``"removed"`` for a block that was here once, or None."""
@@ -352,21 +392,22 @@ class KVStore(StoreAdmin):
 
     # -- reading and writing -----------------------------------------------------------------------
 
-    def open(self, key: bytes, *, exact_only: bool = False) -> BlockSource | None:
-        """Open a block in the fastest tier that has it, or None when it is gone.
+    def open(self, key: bytes, *, exact_only: bool = False, any_codec: bool = False) -> BlockSource | None:
+        """Open a block in the fastest tier that has it, or None when it is gone; one in a codec is decoded.
 
         Args:
             key: The block.
             exact_only: Pass over a copy that is not exact.
+            any_codec: Also one that this store does not read: to look at, not to be used.
         """
         self._enter()
         for tier in (self._gpu, self._cpu, self._disk):
             source: BlockSource | None = tier.open(key) if tier is not None else None
             if source is None:
                 continue
-            if exact_only and not source.info.exact:
+            if (exact_only and not source.info.exact) or not (any_codec or self.reads(source.info)):
                 if self._disk is not None and source.tier == "disk":
-                    # Looked for because its row says that it is exact: the catalog is another's, or damaged.
+                    # Looked for because its row says that it is good: the catalog is another's, or damaged.
                     with self._quiet("open"):
                         self._disk.correct(cast("BlockFileSource", source))
                 source.close()
@@ -378,16 +419,26 @@ class KVStore(StoreAdmin):
             self._ledger.add_later(**dict(zip(names, (1, info.n_tokens, info.nbytes), strict=True)))
             if source.tier == "disk" and self._catalog is not None:
                 self._catalog.hit_later(key)
-            return source
+            return source if source.layout.dtype is None else self._decoding(source)
         return None
 
+    @staticmethod
+    def _decoding(source: BlockSource) -> BlockSource:
+        from kvembed._codecs.blocks import DecodingSource
+
+        return DecodingSource(source)
+
     def put(self, block: Block) -> None:
-        """Keep a block: in memory now, on disk soon after.
+        """Keep a block in the store's codec: in memory now, on disk soon after.
 
         It waits when blocks come faster than the disk takes them and memory is full. Trouble with the
         disk does not raise; see `take_problems`.
         """
         self._enter()
+        if self._codec != LOSSLESS:
+            from kvembed._codecs.blocks import encoded_block
+
+            block = encoded_block(block, self._codec)
         with self._quiet("put"):
             self._writer.put(block)
 
@@ -519,7 +570,12 @@ class KVStore(StoreAdmin):
     def __repr__(self) -> str:
         """Return one line."""
         where = "memory only" if self.path is None else repr(str(self.path))
-        states = {"encrypted": self.encrypted, "read-only": self._read_only, "closed": self._closed}
+        states = {
+            self._codec: self._codec != LOSSLESS,
+            "encrypted": self.encrypted,
+            "read-only": self._read_only,
+            "closed": self._closed,
+        }
         return f"KVStore({', '.join([where, *(state for state, is_so in states.items() if is_so)])})"
 
     def _repr_mimebundle_(

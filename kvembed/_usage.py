@@ -47,6 +47,8 @@ class Usage:
         audited: True when stored KV that this call uses was computed again and compared.
         spans: ``(tier, tokens)`` of each part of the prompt, in its order; the tier of what had to be computed is
             ``computed``. Empty for a batch, and for a call that went to transformers untouched.
+        lossy: Name of the least faithful codec that the reused KV has been through (`kvembed.KVStore`); None when it
+            has been through none, and so the call is exact, or equal to rounding.
     """
 
     prompt_tokens: int = 0
@@ -66,6 +68,7 @@ class Usage:
     stored_tokens: int = 0
     audited: bool = False
     spans: Spans = ()
+    lossy: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cached_tokens_by_tier", ordered_tiers(self.cached_tokens_by_tier))
@@ -140,6 +143,8 @@ class Usage:
             notes.append(f"bypassed: {self.bypass_reason}")
         if self.miss_reason:
             notes.append(f"not reused: {self.miss_reason}")
+        if self.lossy:
+            notes.append(f"lossy: reused KV has been stored as {self.lossy}")
         return notes
 
     def _html(self) -> str:

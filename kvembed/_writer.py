@@ -111,7 +111,7 @@ class Writer:
         cpu, info = self._cpu, block.info
         if cpu is not None:
             here = cpu.contains([info.key])[0]
-            if here is not None and (here.exact or not info.exact):
+            if here is not None and here.rank >= info.rank:
                 cpu.touch([info.key])
                 return
         writable = self._writable and (self._admission is None or self._admission.wants(info))

@@ -42,6 +42,16 @@ class BlockSource(Protocol):
         """
         ...
 
+    def read(self, index: int, count: int) -> list[np.ndarray]:
+        """Return ``count`` whole tensors from number ``index`` on, checked: uint8 ``[heads, rows, row_nbytes]`` each.
+
+        They may be the block's own memory, which must not be written to.
+
+        Raises:
+            BlockFormatError: The bytes are not those that were stored.
+        """
+        ...
+
     def close(self) -> None:
         """Release what the source holds (a file descriptor); harmless when repeated."""
         ...
@@ -77,7 +87,8 @@ class Tier(Protocol):
     def put(self, block: Block) -> bool:
         """Keep ``block``; False when it does not fit or may not be stored.
 
-        An exact block replaces one with the same key that is not exact, never the other way round.
+        A block replaces one with the same key and a lesser `BlockInfo.rank` (an exact one replaces one that is not, a
+        lossless one a lossy one), never the other way round.
         A tail whose tokens are the start of ``block``'s (same parent) is dropped.
         """
         ...

@@ -57,6 +57,10 @@ class MemorySource:
         """Return ``n`` tokens of a tensor without a copy, uint8 ``[heads, n, row_nbytes]``."""
         return self._block.tensor(index)[:, skip : skip + n]
 
+    def read(self, index: int, count: int) -> list[np.ndarray]:
+        """Return tensors without a copy; see `kvembed._tiers._base.BlockSource.read`."""
+        return [self._block.tensor(number) for number in range(index, index + count)]
+
     def close(self) -> None:
         """Do nothing: memory goes with the last reference."""
 
@@ -171,7 +175,7 @@ class CpuTier:
         info = block.info
         with self._lock:
             old = self._entries.get(info.key)
-            if old is not None and (old.block.info.exact or not info.exact):
+            if old is not None and old.block.info.rank >= info.rank:
                 self._use(info.key, old)
                 return True
             freed = old.block.info.nbytes if old is not None else 0
@@ -200,7 +204,7 @@ class CpuTier:
         for key in list(self._children.get(block.info.parent, ())):
             entry = self._entries[key]
             short = entry.block.info.n_tokens
-            if short >= n or key in self._children or key in self._pinned:
+            if short >= n or key in self._children or key in self._pinned or entry.block.info.rank > block.info.rank:
                 continue
             if np.array_equal(entry.block.token_ids, block.token_ids[:short]):
                 # Still to be written: it may be pinned on disk, which only the disk tier knows.

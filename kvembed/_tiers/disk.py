@@ -140,7 +140,7 @@ class DiskTier:
             return False
         old = self.catalog.row(info.key)
         path = self.path(info.key)
-        if old is not None and (old.info.exact or not info.exact) and path.exists():
+        if old is not None and old.info.rank >= info.rank and path.exists():
             self.touch([info.key])
             return True
         encoded = EncodedBlock(block, self._writer, codec=self.codec)
@@ -232,7 +232,7 @@ class DiskTier:
 
     def _drop_covered_tails(self, block: Block, probe: bytes) -> None:
         for tail in self.catalog.tails(block.info.parent, probe):
-            if tail.n_tokens >= block.info.n_tokens:
+            if tail.n_tokens >= block.info.n_tokens or tail.rank > block.info.rank:
                 continue
             row = self.catalog.row(tail.key)
             if row is None or row.children or row.pins:

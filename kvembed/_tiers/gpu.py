@@ -102,6 +102,10 @@ class DeviceSource:
                 raise ConfigError(f"rows {target.shape} do not fit tensor {number} of a block of {total} tokens")
             np.copyto(target, self._block.tensor(number)[:, skip : skip + n], casting="no")
 
+    def read(self, index: int, count: int) -> list[np.ndarray]:
+        """Copy whole tensors to the host; see `kvembed._tiers._base.BlockSource.read`."""
+        return [self._block.tensor(number) for number in range(index, index + count)]
+
     def close(self) -> None:
         """Do nothing: memory goes with the last reference."""
 
@@ -164,7 +168,7 @@ class GpuTier(CpuTier):
         engine = self._transfers.of(self._device)
         tensors: list[torch.Tensor] = []
         for index, spec in enumerate(block.layout.tensors):
-            shape = (spec.heads, block.info.n_tokens, spec.row_nbytes)
+            shape = (spec.heads, spec.rows(block.info.n_tokens), spec.row_nbytes)
             tensor = torch.empty(shape, dtype=torch.uint8, device=self._device)
             staging = engine.staging(tensor.nbytes)
             try:

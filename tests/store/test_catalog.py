@@ -226,7 +226,11 @@ def test_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_migrations_are_recorded(catalog: Catalog) -> None:
     with catalog.connection() as db:
-        assert [name for (name,) in db.execute("SELECT name FROM migrations")] == ["001_initial", "002_budgets"]
+        assert [name for (name,) in db.execute("SELECT name FROM migrations")] == [
+            "001_initial",
+            "002_budgets",
+            "003_codecs",
+        ]
 
 
 def found(store: KVStore, chain: list[Block]) -> int:
