@@ -117,6 +117,7 @@ def test_the_budgets_page_names_every_option_of_the_store_that_bounds_it() -> No
     options = set(inspect.signature(kvembed.KVStore.__init__).parameters) - {
         "self",
         "path",
+        "codec",
         "durability",
         "key",
         "read_only",
