@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditReport", "Auditor"]
 
-_LOSSY_LIMITS = {"bf16": 0.05, "k16v8": 0.1, "int8": 0.15, "fp8": 0.3}
+_LOSSY_LIMITS = {"bf16": 0.02, "k16v8": 0.05, "int8": 0.08, "fp8": 0.25}
 """Largest difference, relative to the spread of a tensor's values, that blocks of a codec may have: some times what was
 measured on real models, and less than what another text's KV has."""
 

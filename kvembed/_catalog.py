@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvembed._block import BlockInfo
 from kvembed._catalog_base import CatalogBase
+from kvembed._codecs.names import fidelity
 from kvembed._eviction import worth
 
 if TYPE_CHECKING:
@@ -245,6 +246,11 @@ class Catalog(CatalogBase):
         names = "'blocks', 'nbytes', 'file_bytes', 'hits', 'hit_tokens'"
         rows = self._query(f"SELECT name, value FROM meta WHERE name IN ({names})")
         return Counters(**{name: int(value) for name, value in rows})
+
+    def codecs(self) -> dict[str, int]:
+        """Return the number of blocks by codec, the most faithful first."""
+        found = dict(self._query("SELECT codec, count(*) FROM blocks GROUP BY codec"))
+        return dict(sorted(found.items(), key=lambda item: -fidelity(item[0])))
 
     def claim(self, task: str, every_s: float) -> bool:
         """Return True when a task is due, and then not again, in any process, before ``every_s`` have passed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvembed._codecs.names import LOSSLESS
 from kvembed._html import bar_html, mimebundle, panel, table_html, text_html
 from kvembed._units import format_bytes, format_count, format_seconds
 
@@ -91,6 +92,8 @@ class StoreStats:
         models: The models with blocks on disk, largest first.
         catalog_bytes: Bytes of the catalog, which are not part of the budget.
         encrypted: What is on disk is encrypted.
+        codec: How this store keeps blocks.
+        blocks_by_codec: Blocks on disk by the least faithful codec that they have been through.
     """
 
     path: str | None
@@ -115,6 +118,8 @@ class StoreStats:
     models: tuple[ModelStats, ...] = ()
     catalog_bytes: int = 0
     encrypted: bool = False
+    codec: str = LOSSLESS
+    blocks_by_codec: dict[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -159,6 +164,10 @@ class StoreStats:
                 parts.append(f"dropped when unused for {format_seconds(self.ttl_s)}")
             parts.append(f"catalog {format_bytes(self.catalog_bytes)}")
             lines.append(" · ".join(parts))
+        found = self.blocks_by_codec or {}
+        if self.codec != LOSSLESS or any(name != LOSSLESS for name in found):
+            here = " · ".join(f"{name} {format_count(n)}" for name, n in found.items())
+            lines.append(f"codec {self.codec}{f' · blocks on disk: {here}' if here else ''}")
         if self.calls:
             reused = self.reused_tokens or {}
             tiers = " · ".join(f"{name} {format_count(n)}" for name, n in reused.items() if n)

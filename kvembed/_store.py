@@ -228,11 +228,6 @@ class KVStore(StoreAdmin):
 
     # -- codecs ------------------------------------------------------------------------------------
 
-    @property
-    def codec(self) -> str:
-        """Name of the codec in which this store keeps blocks."""
-        return self._codec
-
     def reads(self, info: BlockInfo) -> bool:
         """True for a block that is at least as faithful as what this store's codec makes."""
         return fidelity(info.codec) >= fidelity(self._codec)

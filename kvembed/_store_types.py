@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from kvembed._codecs.names import LOSSLESS
 from kvembed._units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class PrefixEntry:
         names: Names it is pinned under.
         model: Name of the model that computed it.
         namespace: Fingerprint digest of that model.
+        codec: The least faithful codec that some of it has been through.
     """
 
     key: bytes
@@ -48,6 +50,7 @@ class PrefixEntry:
     names: tuple[str, ...]
     model: str
     namespace: bytes
+    codec: str = LOSSLESS
 
     @property
     def id(self) -> str:
@@ -63,7 +66,8 @@ class PrefixEntry:
         used = "" if self.last_used is None else f"  used {format_seconds(time.time() - self.last_used)} ago"
         names = f"  pinned: {', '.join(self.names)}" if self.names else ""
         size = f"{format_count(self.n_tokens)} tokens  {format_bytes(self.nbytes)}"
-        return f"{self.id}  {size}  {self.tier}  {self.model}{used}{names}"
+        codec = "" if self.codec == LOSSLESS else f"  {self.codec}"
+        return f"{self.id}  {size}{codec}  {self.tier}  {self.model}{used}{names}"
 
 
 @dataclass(frozen=True)

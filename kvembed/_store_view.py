@@ -9,6 +9,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from kvembed._codec import NAMESPACE_FILE
+from kvembed._codecs.names import worst
 from kvembed._errors import ConfigError, StoreError
 from kvembed._files import write_file
 from kvembed._html import ordered_tiers
@@ -79,6 +80,7 @@ class StoreView:
     _ledger: Ledger
     _options: DiskOptions
     _seconds_per_token: dict[bytes, float]
+    _codec: str
     _read_only: bool
     _spaces: dict[bytes, dict[str, Any]]
     _notes: dict[tuple[bytes, str], Any]
@@ -173,6 +175,11 @@ class StoreView:
         """True when what is on disk is encrypted."""
         return self._disk is not None and self._disk.codec.encrypted
 
+    @property
+    def codec(self) -> str:
+        """Name of the codec in which this store keeps blocks."""
+        return self._codec
+
     # -- looking -----------------------------------------------------------------------------------
 
     @explicit()
@@ -218,6 +225,8 @@ class StoreView:
             models=self._models(),
             catalog_bytes=0 if catalog is None else catalog.nbytes,
             encrypted=self.encrypted,
+            codec=self.codec,
+            blocks_by_codec={} if catalog is None else catalog.codecs(),
         )
 
     def _models(self) -> tuple[ModelStats, ...]:
@@ -359,6 +368,7 @@ class StoreView:
             names=tuple(sorted({name for block in chain for name in names.get(block.key, ())})),
             model=models.get(info.namespace, ""),
             namespace=info.namespace,
+            codec=worst(*(block.codec for block in chain)),
         )
 
     def _chain(self, key: bytes, known: dict[bytes, BlockInfo] | None = None) -> list[BlockInfo]:

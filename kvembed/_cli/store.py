@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvembed._cli import _common
+from kvembed._codecs.names import LOSSLESS
 from kvembed._errors import ConfigError
 from kvembed._units import format_bytes, format_count, format_seconds
 
@@ -40,7 +41,7 @@ def _absent(folder: Path | None, as_json: bool, value: Any) -> None:
 def _row(entry: PrefixEntry) -> tuple[str, ...]:
     used = "" if entry.last_used is None else f"{format_seconds(max(0.0, time.time() - entry.last_used))} ago"
     numbers = (format_count(entry.n_tokens), format_count(entry.n_blocks), format_bytes(entry.nbytes))
-    return (entry.id, *numbers, used, ", ".join(entry.names), entry.model)
+    return (entry.id, *numbers, entry.codec, used, ", ".join(entry.names), entry.model)
 
 
 def register(app: typer.Typer) -> None:
@@ -66,8 +67,11 @@ def register(app: typer.Typer) -> None:
         if as_json:
             _common.print_json([entry.to_dict() for entry in entries])
             return
-        headers = ("id", ">tokens", ">blocks", ">KV", ">used", "pinned as", "model")
-        _common.console().print(_common.table(headers, [_row(entry) for entry in entries]))
+        headers = ("id", ">tokens", ">blocks", ">KV", "codec", ">used", "pinned as", "model")
+        rows = [_row(entry) for entry in entries]
+        if all(entry.codec == LOSSLESS for entry in entries):
+            headers, rows = headers[:4] + headers[5:], [row[:4] + row[5:] for row in rows]
+        _common.console().print(_common.table(headers, rows))
         if len(entries) == limit:
             typer.echo(f"The first {limit}; see more with --limit.")
 

@@ -187,7 +187,7 @@ def test_blocks_in_a_codec_are_audited_within_its_bound(lab: Lab, llama: Any) ->
     report = first.recheck()
     assert report.ok
     assert report.lossy == report.blocks > 0
-    assert "int8 0.15" in str(report)
+    assert "int8 0.08" in str(report)
     first.close()
     first.store.close()
     # Also from a store that would not read them.

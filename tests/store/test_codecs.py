@@ -211,7 +211,10 @@ def test_a_lossless_store_never_reads_a_lossy_block(tmp_path: Path) -> None:
             assert [info.codec for info in store.children(chain[0].key, any_codec=True)] == ["bf16"]
             assert [store.open(block.key) for block in (*chain, tail)] == [None] * 3
             assert store.verify().problems == ()  # not read is not wrong
-            assert len(store.ls()) == 1
+            (entry,) = store.ls()
+            assert (entry.codec, " bf16 " in str(entry)) == ("bf16", True)
+            assert store.stats().blocks_by_codec == {"bf16": 3}
+            assert "codec lossless · blocks on disk: bf16 3" in repr(store.stats())
             # A catalog that says otherwise changes nothing, and is put right.
             with store._disk.catalog.transaction() as db:  # type: ignore[union-attr]
                 db.execute("UPDATE blocks SET codec = 'lossless', exact = 1")
