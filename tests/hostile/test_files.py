@@ -87,9 +87,9 @@ def test_impossible_header_lengths(good: bytes, tmp_path: Path, length: int) -> 
 
 
 def test_another_version_is_named(good: bytes, tmp_path: Path) -> None:
-    message = refused(tmp_path / "a", rewritten(good, lambda h, i: i.update(format=2)))
-    assert "format 2" in message
-    assert "reads 1" in message
+    message = refused(tmp_path / "a", rewritten(good, lambda h, i: i.update(format=3)))
+    assert "format 3" in message
+    assert "reads up to 2" in message
 
 
 CHANGES: dict[str, Change] = {
