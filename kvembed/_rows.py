@@ -5,7 +5,7 @@ What is here does not depend on the kind of attention; ``hf.py`` makes transform
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kvembed._tiers._base import BlockSource
 
-__all__ = ["Fence", "Gate", "Rows", "as_bytes"]
+__all__ = ["Fence", "Gate", "Place", "Rows", "Span", "as_bytes"]
 
 
 class Gate(Protocol):
@@ -31,6 +31,45 @@ class Fence(Protocol):
     def wait_compute(self) -> None:
         """Have the device finish it before anything that is queued from now on."""
         ...
+
+
+class Place(NamedTuple):
+    """Where a buffer's rows lie. Asking a tensor costs microseconds, of which a block of many layers has none to spare.
+
+    Args:
+        address: Of the first row, on the buffer's device.
+        heads: How many.
+        head_pitch: Bytes from one head to the next.
+        row_nbytes: Bytes of a row; rows touch.
+    """
+
+    address: int
+    heads: int
+    head_pitch: int
+    row_nbytes: int
+
+
+class Span(NamedTuple):
+    """Some rows of a buffer.
+
+    Args:
+        buffer: ``[1, heads, capacity, width]``.
+        place: Where it is.
+        start: First row.
+        end: Row after the last one.
+    """
+
+    buffer: torch.Tensor
+    place: Place
+    start: int
+    end: int
+
+
+def _place(buffer: torch.Tensor) -> Place:
+    _, heads, capacity, width = buffer.shape
+    assert buffer.is_contiguous()  # as they are allocated
+    row_nbytes = width * buffer.element_size()
+    return Place(buffer.data_ptr(), heads, capacity * row_nbytes, row_nbytes)
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray | None:
@@ -64,6 +103,7 @@ class Rows:
     def _set_buffers(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self._k, self._v = k, v
         self._k8, self._v8 = as_bytes(k), as_bytes(v)
+        self._k_place, self._v_place = _place(k), _place(v)
 
     @property
     def capacity(self) -> int:
@@ -128,6 +168,11 @@ class Rows:
         """Return keys and values ``[1, heads, end - start, width]`` of tokens ``start..end`` as views."""
         a, b = start - self.first, end - self.first
         return self._k[:, :, a:b], self._v[:, :, a:b]
+
+    def spans(self, start: int, end: int) -> tuple[Span, Span]:
+        """Return the rows of keys and values of tokens ``start..end``."""
+        a, b = start - self.first, end - self.first
+        return Span(self._k, self._k_place, a, b), Span(self._v, self._v_place, a, b)
 
     def load_rows(self, source: BlockSource, spec_index: int, start: int, end: int, skip: int) -> None:
         """Fill rows of tokens ``start..end`` from a block; only on the CPU.

@@ -14,6 +14,7 @@ A transfer is issued and goes on by itself. Three things keep it right, and ever
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from kvembed._rows import Span
     from kvembed._transfer.staging import Staging
 
-__all__ = ["Mark", "Strip", "Ticket", "TransferEngine"]
+__all__ = ["Mark", "Strip", "Ticket", "TransferEngine", "packed"]
 
 
 class Strip(NamedTuple):
@@ -127,6 +129,28 @@ class TransferEngine(Protocol):
         """
         ...
 
+    def pack(self, host: np.ndarray, spans: Sequence[Span], after: Mark | None) -> Ticket:
+        """Start to copy rows of many buffers into one piece of host memory, as a block has them; see `to_host`.
+
+        Args:
+            host: uint8 ``[nbytes]``; the spans come one after another, each as ``[heads, rows, row_nbytes]``.
+            spans: What.
+            after: The copies wait for this point.
+        """
+        ...
+
     def close(self) -> None:
         """Wait for all that was issued, and give the staging memory back; harmless when repeated."""
         ...
+
+
+def packed(host: np.ndarray, spans: Sequence[Span]) -> list[Strip]:
+    """Return the strips that `TransferEngine.pack` copies."""
+    strips: list[Strip] = []
+    at = 0
+    for buffer, place, start, end in spans:
+        shape = place.heads, end - start, place.row_nbytes
+        nbytes = math.prod(shape)
+        strips.append(Strip(host[at : at + nbytes].reshape(shape), buffer[0, :, start:end]))
+        at += nbytes
+    return strips

@@ -10,17 +10,22 @@ import contextlib
 import mmap
 import os
 import weakref
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from kvembed_cuda import CudaError, CudaUnavailableError, Direction, Driver, Event, Stream, strips
+from kvembed_cuda import STRIP, CudaError, CudaUnavailableError, Direction, Driver, Event, Stream, strips
 
 from kvembed._memory import host_buffer
 from kvembed._transfer.pinned import TorchTransfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from kvembed._rows import Span
+    from kvembed._transfer._base import Mark
+    from kvembed._transfer.pinned import StreamTicket
 
 __all__ = ["CudaStreams", "ExtensionTransfer", "open_driver"]
 
@@ -87,7 +92,10 @@ class CudaStreams:
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, *, to_device: bool) -> None:
         """See `Streams`. Strided rows are copied as they lie, without a contiguous tensor between."""
-        table = strips([row for target, source in pairs for row in _rows(target, source)])
+        self.copy_strips(strips([row for pair in pairs for row in _rows(*pair)]), stream, to_device=to_device)
+
+    def copy_strips(self, table: np.ndarray, stream: Stream, *, to_device: bool) -> None:
+        """Queue copies that are described by addresses."""
         direction = Direction.TO_DEVICE if to_device else Direction.TO_HOST
         try:
             # Host memory to copy from is complete, and nothing on a stream writes it: see `Streams.copy`.
@@ -104,13 +112,13 @@ class CudaStreams:
         whole = -(-nbytes // _PAGE) * _PAGE
         memory = host_buffer(whole + _PAGE)
         start = -memory.__array_interface__["data"][0] % _PAGE
-        array = memory[start : start + whole]
-        address = array.__array_interface__["data"][0]
+        pages = memory[start : start + whole]
+        address = pages.__array_interface__["data"][0]
         try:
             self._driver.host_register(self._index, address, whole)
         except CudaError:
-            return array[:nbytes]  # copies are slower, and right
-        pinned = np.frombuffer(array.data, np.uint8)
+            return pages[:nbytes]  # copies are slower, and right
+        pinned = np.frombuffer(pages.data, np.uint8)
         weakref.finalize(pinned, _unregister, self._driver, self._index, address, memory).atexit = False
         return pinned[:nbytes]
 
@@ -142,6 +150,17 @@ def _rows(target: torch.Tensor, source: torch.Tensor) -> list[tuple[int, int, in
     return [(target.data_ptr(), source.data_ptr(), to, of, row, heads)]
 
 
+def _packed(address: int, spans: Sequence[Span]) -> np.ndarray:
+    """Strips from the spans' rows to places one after another."""
+    flat = array("Q")
+    for _, (source, heads, pitch, row_nbytes), start, end in spans:
+        nbytes = (end - start) * row_nbytes
+        if nbytes:
+            flat.extend((address, source + start * row_nbytes, nbytes, pitch, nbytes, heads))
+            address += heads * nbytes
+    return np.frombuffer(flat, STRIP)
+
+
 class ExtensionTransfer(TorchTransfer):
     """Copies on two streams of the extension's, beside torch's.
 
@@ -168,3 +187,10 @@ class ExtensionTransfer(TorchTransfer):
             index = torch.cuda.current_device() if device.index is None else device.index
             streams = CudaStreams(driver or open_driver(), index)
         super().__init__(device, streams, **options)
+        self._cuda = streams
+
+    def pack(self, host: np.ndarray, spans: Sequence[Span], after: Mark | None) -> StreamTicket:
+        """See `TransferEngine`. No tensor is asked or made: the thread that computes does this for each block."""
+        table = _packed(host.__array_interface__["data"][0], spans)
+        held = host, [span.buffer for span in spans]
+        return self._issue(self._out, lambda: self._cuda.copy_strips(table, self._out, to_device=False), held, after)

@@ -7,6 +7,7 @@ The call that captures a block only issues its copies. The block itself is hande
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -15,7 +16,6 @@ import numpy as np
 
 from kvembed._block import Block
 from kvembed._memory import host_buffer
-from kvembed._transfer._base import Strip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,25 +150,19 @@ class Offload:
         if data is None:
             data = host_buffer(info.nbytes)
             self.unpinned += 1
-        strips: dict[TransferEngine, list[Strip]] = {}
-        of_engine: dict[TransferEngine, list[Rows]] = {}
-        at = 0
-        for layer in layers:
-            engine = self._transfers.of(layer.device)
-            of_engine.setdefault(engine, []).append(layer)
-            for rows in layer.rows(start, end):
-                device = rows[0]
-                nbytes = device.numel() * device.element_size()
-                host = data[at : at + nbytes].reshape(*device.shape[:2], -1)
-                strips.setdefault(engine, []).append(Strip(host, device))
-                at += nbytes
-        data[at:] = 0  # a model without rows
         tickets: list[Ticket] = []
-        for engine, of_device in strips.items():
-            ticket = engine.to_host(of_device, engine.mark())
+        at = 0
+        # Mostly one round: a model over several devices has layers in a row on each.
+        for device, together in itertools.groupby(layers, key=lambda layer: layer.device):
+            engine, on_device = self._transfers.of(device), list(together)
+            spans = [span for layer in on_device for span in layer.spans(start, end)]
+            nbytes = sum(place.heads * (b - a) * place.row_nbytes for _, place, a, b in spans)
+            ticket = engine.pack(data[at : at + nbytes], spans, engine.mark())
             tickets.append(ticket)
-            for layer in of_engine[engine]:
+            for layer in on_device:
                 layer.protect(ticket)
+            at += nbytes
+        data[at:] = 0  # a model without rows
         block = ArrivingBlock(info, ids, layout, data, tickets)
         if is_pinned:
             self._pinned.append(weakref.ref(block))

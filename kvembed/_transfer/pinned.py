@@ -7,16 +7,18 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from kvembed._transfer._base import packed
 from kvembed._transfer.plain import host_tensor
 from kvembed._transfer.staging import Staging, StagingPool, lies_in
 from kvembed._transfer.streams import TorchStreams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import torch
 
+    from kvembed._rows import Span
     from kvembed._transfer._base import Mark, Strip
     from kvembed._transfer.streams import Streams
 
@@ -108,22 +110,27 @@ class TorchTransfer:
     def to_device(self, strips: Sequence[Strip], after: Mark | None, staging: Staging | None = None) -> StreamTicket:
         """See `TransferEngine`."""
         pairs = [(device, host_tensor(host, device)) for host, device in strips]
-        ticket = self._issue(self._in, pairs, after)
+        ticket = self._issue(self._in, lambda: self._streams.copy(pairs, self._in, to_device=True), pairs, after)
         if staging is not None:
             staging.hand_over(ticket)
         return ticket
 
     def to_host(self, strips: Sequence[Strip], after: Mark | None) -> StreamTicket:
         """See `TransferEngine`."""
-        return self._issue(self._out, [(host_tensor(host, device), device) for host, device in strips], after)
+        pairs = [(host_tensor(host, device), device) for host, device in strips]
+        return self._issue(self._out, lambda: self._streams.copy(pairs, self._out, to_device=False), pairs, after)
 
-    def _issue(self, stream: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: Mark | None) -> StreamTicket:
+    def pack(self, host: np.ndarray, spans: Sequence[Span], after: Mark | None) -> StreamTicket:
+        """See `TransferEngine`."""
+        return self.to_host(packed(host, spans), after)
+
+    def _issue(self, stream: Any, copy: Callable[[], object], held: object, after: Mark | None) -> StreamTicket:
         # One thread at a time: an event must come after this caller's copies, and the wait before them.
         with self._lock:
             if after is not None:
                 self._streams.wait(stream, after)
-            self._streams.copy(pairs, stream, to_device=stream is self._in)
-            ticket = StreamTicket(self._streams, self._streams.record(stream), pairs)
+            copy()
+            ticket = StreamTicket(self._streams, self._streams.record(stream), held)
             self._under_way.append(ticket)
             ended = []
             while self._under_way and self._under_way[0].done:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvembed._memory import host_buffer
+from kvembed._transfer._base import packed
 from kvembed._transfer.staging import Staging, StagingPool
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from kvembed._rows import Span
     from kvembed._transfer._base import Mark, Strip
 
 __all__ = ["DONE", "Done", "PlainTransfer", "host_tensor"]
@@ -96,6 +98,10 @@ class PlainTransfer:
         for host, device in strips:
             host_tensor(host, device).copy_(device)
         return DONE
+
+    def pack(self, host: np.ndarray, spans: Sequence[Span], after: Mark | None) -> Done:
+        """Copy now."""
+        return self.to_host(packed(host, spans), after)
 
     def close(self) -> None:
         """Give the staging memory back."""

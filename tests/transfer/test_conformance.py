@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvembed._rows import Rows
 from kvembed._transfer import Strip
 
 from ._rigs import DRIVERS, PARAMETERS, RIGS, SLOT, STAGING, extension, fake
@@ -75,6 +76,32 @@ def test_several_strips_in_one_call(rig: Rig) -> None:
     ticket.wait_host()
     assert ticket.done
     assert all(np.array_equal(a, b) for a, b in zip(hosts, back, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_many_buffers_in_one_piece(rig: Rig, dtype: torch.dtype) -> None:
+    made = [noise(heads, capacity, 8 * dtype.itemsize, heads) for heads, capacity in ((3, 40), (1, 40), (2, 9), (2, 5))]
+    cut = [(20, 32), (0, 40), (8, 9), (5, 5)]
+    layers = []
+    for k, v in zip(made[::2], made[1::2], strict=True):
+        buffers = [torch.zeros((1, *x.shape[:2], 8), dtype=dtype, device=rig.device) for x in (k, v)]
+        layers.append(Rows())
+        layers[-1]._init_rows(0, *buffers)
+        for buffer, x in zip(buffers, (k, v), strict=True):
+            values = torch.from_numpy(x).view(dtype).to(rig.device)
+            rig.compute(lambda buffer=buffer, values=values: buffer[0].copy_(values))
+    spans = [span for layer in layers for span in layer.spans(0, 0)]
+    spans = [span._replace(start=a, end=b) for span, (a, b) in zip(spans, cut, strict=True)]
+    expected = np.concatenate([x[:, a:b].ravel() for x, (a, b) in zip(made, cut, strict=True)])
+    out = np.zeros(expected.nbytes + 7, np.uint8)
+    ticket = rig.engine.pack(out[: expected.nbytes], spans, rig.engine.mark())
+    ticket.wait_compute()
+    for span in spans:
+        rig.compute(lambda buffer=span.buffer: buffer.fill_(1.0))
+    rig.settle()
+    ticket.wait_host()
+    assert np.array_equal(out[: expected.nbytes], expected)
+    assert not out[expected.nbytes :].any()
 
 
 def test_a_copy_in_comes_after_earlier_uses_of_the_memory(rig: Rig) -> None:
