@@ -9,13 +9,14 @@ TOOLS := .venv/.ready-tools
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help demo test test-oldest lint format bench clean
+.PHONY: help demo test test-oldest lint docs format bench clean
 
 help:
 	@echo "make demo    a real model answers questions about a long document: cold, warm, and in a new process"
 	@echo "make test    lint, type check and tests in two processes (WORKERS=N), some with the oldest transformers"
 	@echo "make test-oldest  more tests with that one; VERSION=5.21.0 for another"
 	@echo "make lint    ruff and pyright only"
+	@echo "make docs    the documentation site, in site/; a warning is an error"
 	@echo "make format  format the sources"
 	@echo "make bench   cold against warm on this machine"
 	@echo "make clean   remove .venv and caches of tools (not the models in .cache)"
@@ -28,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The tests also run other people's programs with kvembed inside: about 0.9 GB of packages.
 $(TOOLS): $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[chat,gguf,dev,clients,lm-eval]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[chat,gguf,dev,docs,clients,lm-eval]'
 	@touch $@
 
 demo: $(READY)
@@ -37,7 +38,7 @@ demo: $(READY)
 # Two processes of one thread each: threads of several processes that wait for each other on two cores spin, and cost
 # more than they bring. Some tests with real models take all cores nevertheless. WORKERS=0 is one process.
 # Ends with the oldest transformers, unless only some tests are asked for.
-test: lint
+test: lint docs
 	$(if $(filter-out 0,$(WORKERS)),OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 	$(if $(ARGS),,env -u VERSION BIN=$(BIN) .ci/versions quick)
 
@@ -49,6 +50,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(TOOLS)
+	$(BIN)/python tools/build_docs.py
+
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -57,5 +61,5 @@ bench: $(READY)
 	$(BIN)/kvembed bench $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv site .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './.cache/*' -prune -exec rm -rf {} +

@@ -135,7 +135,7 @@ class ModelView:
         """Erase every stored block of a text that nothing else needs, with what was asked about it.
 
         Other texts that begin alike keep what they share. Blocks of other models and salts are not touched (see
-        `KVStore.forget` and ``SECURITY.md`` for what stays in other processes and on the device).
+        `KVStore.forget` and ``docs/explanation/threat-model.md`` for what stays in other processes and on the device).
 
         Args:
             what: A document; a session, its words included (see `Session.forget`); a text, which is looked for as a

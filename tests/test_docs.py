@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import kvembed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+ROOT_PAGES = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -30,16 +33,69 @@ def test_python_in_the_docs_compiles(page: Path) -> None:
             compile(code, page.name, "exec")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = _FENCE.sub("", text)
+    names = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line) for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    found: set[str] = set()
+    for name in names:
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        number = next(n for n in range(len(names)) if (slug if not n else f"{slug}_{n}") not in found)
+        found.add(f"{slug}_{number}" if number else slug)
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT_PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)", text):
+        if "://" in target:
+            parts = urllib.parse.urlsplit(target)
+            assert parts.scheme == "https", target
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), target
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in _anchors(there.read_text(encoding="utf-8")), target
 
 
-def test_the_readme_snippet_is_short() -> None:
-    (code,) = [code for language, code in fences(README) if language == "python"]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+def test_the_navigation_has_every_page() -> None:
+    settings = (ROOT / "tools" / "mkdocs.yml").read_text(encoding="utf-8")
+    named = re.findall(r": ([\w/-]+\.md)$", settings, re.MULTILINE)
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.parent != ROOT]
+    assert sorted(named) == sorted([*pages, "changelog.md", "contributing.md"])
+
+
+def test_the_reference_has_every_public_name() -> None:
+    folder = ROOT / "docs" / "reference"
+    named = set(re.findall(r"^::: kvembed\.(\w+)$", (folder / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    named |= set(
+        re.findall(r"^\| `(\w+(?:Error|Warning))` \|", (folder / "errors.md").read_text("utf-8"), re.MULTILINE)
+    )
+    bases = {"__version__", "KVEmbedError", "KVEmbedWarning", "StoreError", "EncryptedBlockError"}
+    assert named | bases == set(kvembed.__all__) | bases
+
+
+def test_the_page_of_the_command_line_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "cli_page.py"), "--check"], check=False)
+    assert done.returncode == 0, "write it anew: python tools/cli_page.py"
+
+
+def test_the_page_of_folders_names_every_variable() -> None:
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(kvembed.__file__).parent.rglob("*.py"))
+    read = set(re.findall(r"\bKVEMBED_[A-Z]+(?:_[A-Z]+)*\b", sources))
+    assert set(re.findall(r"`(KVEMBED_\w+)`", page)) == read
+
+
+def test_the_readme_and_its_snippets_are_short() -> None:
+    first, own_file = [code for language, code in fences(README) if language == "python"]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 12
+    assert len(own_file.splitlines()) < 10
+    assert len(README.splitlines()) < 150
 
 
 def _without_times(text: str) -> str:
@@ -75,13 +131,6 @@ def test_make_commands_in_the_readme_exist() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     named = re.findall(r"\bmake (\w+)", README)
     assert {"demo", "test"} <= set(named) <= set(targets)
-
-
-def test_subcommands_in_the_readme_exist() -> None:
-    done = subprocess.run([sys.executable, "-m", "kvembed", "--help"], capture_output=True, text=True, check=True)
-    (sentence,) = re.findall(r"command line:([^.]+)\.", README)
-    for name in re.findall(r"`([\w-]+)`", sentence):
-        assert re.search(rf"\b{name}\b", done.stdout), name
 
 
 def test_scripts_named_in_the_readme_exist() -> None:

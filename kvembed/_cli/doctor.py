@@ -217,9 +217,9 @@ def register(app: typer.Typer) -> None:
         if model is not None:
             facts["model"] = inspect_model(model, dtype)
             if not facts["model"]["supported"]:
-                problems.append(
-                    Problem("error", f"{model}: {facts['model']['reason']}", "Calls of it work, but without a cache.")
-                )
+                loaded = "class" in facts["model"]
+                fix = "Calls of it work, but without a cache." if loaded else "Look at its name and its files."
+                problems.append(Problem("error", f"{model}: {facts['model']['reason'].rstrip('.')}", fix))
         failed = any(problem.level == "error" for problem in problems)
         if as_json:
             _common.print_json({"ok": not failed, **facts, "problems": [asdict(p) for p in problems]})
