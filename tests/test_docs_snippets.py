@@ -95,10 +95,10 @@ def test_snippets_run(
     code = snippets(page)
     for module in re.findall(r"^(?:from|import) (langchain\w*|llama_index|peft|uvicorn)\b", code, re.MULTILINE):
         pytest.importorskip(module)
+    served: list[Any] = []
     if page == "howto/serving.md":
         import uvicorn
 
-        served: list[Any] = []
         monkeypatch.setattr(uvicorn, "run", lambda app, **options: served.append((app, options)))
     if page == "howto/encryption.md":
         from kvembed._encryption.sources import new_key, store_in_keyring

@@ -42,11 +42,11 @@ def test_completions_and_streams(pair: list[Any], cached: CachedModel) -> None:
 
 
 def test_chat(pair: list[Any], cached: CachedModel) -> None:
-    from llama_index.core.llms import ChatMessage, MessageRole
+    core = pytest.importorskip("llama_index.core.llms")
 
     def ask(model: Any, question: str) -> str:
-        system = ChatMessage(role=MessageRole.SYSTEM, content=TEXT)
-        return model.chat([system, ChatMessage(role=MessageRole.USER, content=question)]).message.content
+        system = core.ChatMessage(role=core.MessageRole.SYSTEM, content=TEXT)
+        return model.chat([system, core.ChatMessage(role=core.MessageRole.USER, content=question)]).message.content
 
     for question in ("How many?", "And at night?"):
         assert ask(pair[1], question) == ask(pair[0], question) != ""
