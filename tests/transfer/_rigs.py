@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from kvembed_cuda import Stream
 
 from kvembed._transfer import Strip
 from kvembed._transfer.choose import engine_for
@@ -88,6 +88,8 @@ def gpu() -> Rig:
 
 def extension(kit: Kit, version: int, seed: int = 0, *, batch: bool = False) -> Rig:
     """The CUDA extension, on a driver that does everything in odd orders."""
+    from kvembed_cuda import Stream
+
     from kvembed._transfer.extension import CudaStreams, ExtensionTransfer
 
     driver = kit.open(version, seed=seed)
@@ -113,4 +115,7 @@ RIGS: dict[str, Callable[[], Rig]] = {
 DRIVERS = {"extension": (12040, False), "extension-12.8": (12080, True), "extension-13.0": (13000, True)}
 """Rigs of the CUDA extension: version of the driver, and whether copies are batched."""
 
-PARAMETERS = [pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name for name in [*RIGS, *DRIVERS]]
+PARAMETERS = [
+    pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name
+    for name in [*RIGS, *(DRIVERS if importlib.util.find_spec("native_build") else ())]
+]
