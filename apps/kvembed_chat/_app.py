@@ -34,7 +34,7 @@ class ChatApp(App[None]):
 
     Attributes:
         last_session: The session that was open when the app was left.
-        unsent: What stood in the prompt then, also what was stopped before its first token.
+        unsent: What was written then and is in no session: in the prompt, waiting for a model, or not answered yet.
     """
 
     TITLE = "kvembed-chat"
@@ -86,7 +86,8 @@ class ChatApp(App[None]):
             return
         self._is_leaving = True
         self.notify("Saving the reply…")
-        self.run_worker(self._leave_when_saved(), name="leave")
+        # Leaving at once cancels it, which is no error.
+        self.run_worker(self._leave_when_saved(), name="leave", exit_on_error=False)
 
     async def _leave_when_saved(self) -> None:
         await self.chat.stop_and_wait()
@@ -95,5 +96,5 @@ class ChatApp(App[None]):
     def leave(self) -> None:
         """Leave now."""
         self.last_session = self.chat.current
-        self.unsent = self.chat.prompt.text.strip()
+        self.unsent = self.chat.unsent
         self.exit()

@@ -111,11 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app.run()
     finally:
+        # Before anything else can go wrong.
+        if app.unsent:
+            print(f"Not sent yet:\n{app.unsent}\n")
+        if app.last_session is not None:
+            print(f"Go on with: kvembed-chat --session {_quoted(app.last_session)}")
         engine.close()
-    if app.unsent:
-        print(f"Not sent yet:\n{app.unsent}\n")
-    if app.last_session is not None:
-        print(f"Go on with: kvembed-chat --session {_quoted(app.last_session)}")
     raise SystemExit(app.return_code or 0)
 
 

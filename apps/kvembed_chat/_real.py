@@ -89,6 +89,7 @@ class RealEngine:
         emit(Progress("load", what=name))
         from kvembed import CachedModel
         from kvembed._loading import load
+        from kvembed._sessions.marks import marks_of
 
         def on_progress(stage: str, done: int, total: int) -> None:
             emit(Progress(stage, done, total, name))
@@ -101,6 +102,8 @@ class RealEngine:
                 )
             emit(Progress("load", what=f"{name}: trying it out"))
             model = CachedModel(hf_model, tokenizer, store=self._store, progress=False)
+            # Sessions need it; made now, because it holds up every thread (0.2 s with Gemma's) and one types later.
+            _ = marks_of(model).digest
         with self._lock:
             old, self._model = self._model, model
             self._sessions.clear()

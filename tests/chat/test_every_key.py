@@ -247,15 +247,3 @@ async def test_commands_of_the_palette(title: str, action: str) -> None:
         options.highlighted = place()
         await pilot.press("enter")
         await until(pilot, lambda: DONE[action](app, engine))
-
-
-async def test_words_that_were_never_answered_are_told_when_one_leaves() -> None:
-    engine = ScriptedEngine([Reply(["Here."], prefill=[(256, 1024), (512, 1024)])])
-    engine.gate.clear()
-    app = ChatApp(engine)
-    async with app.run_test() as pilot:
-        await pilot.press(*"why so long", "enter")
-        await until(pilot, engine.waiting.is_set)  # the prompt is being read: nothing was said yet
-        await pilot.press("ctrl+q")
-        await until(pilot, lambda: not app.is_running)
-    assert app.unsent == "why so long"

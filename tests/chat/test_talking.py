@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 from kvembed_chat._app import ChatApp
+from kvembed_chat._cli import Options
 from kvembed_chat._engine import Conversation, Exchange
 from kvembed_chat._scripted import Reply, ScriptedEngine, usage
 from kvembed_chat._widgets.turn import TurnView
@@ -134,3 +136,55 @@ async def test_the_next_turn_is_previewed() -> None:
     async with app.run_test() as pilot:
         app.chat.switch("Kernels")
         await until(pilot, lambda: "next turn: 49 tokens" in str(app.chat.query_one("#next", Static).render()))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_words_that_were_never_answered_are_told_when_one_leaves(times: int) -> None:
+    engine = ScriptedEngine([Reply(["Here."], prefill=[(256, 1024), (512, 1024)])])
+    engine.gate.clear()
+    app = ChatApp(engine)
+    async with app.run_test() as pilot:
+        await pilot.press(*"why so long", "enter")
+        await until(pilot, engine.waiting.is_set)  # the prompt is being read: nothing was said yet
+        await pilot.press(*"and", *(["ctrl+q"] * times))
+        await until(pilot, lambda: not app.is_running)
+    assert app.unsent == "why so long\nand"
+    assert app.return_code in (None, 0)
+
+
+async def test_what_waits_for_a_model_is_told_when_one_leaves() -> None:
+    engine = ScriptedEngine(model=None)
+    engine.gate.clear()
+    app = ChatApp(engine, Options(model="smollm2"))
+    async with app.run_test() as pilot:
+        await until(pilot, lambda: app.chat.is_loading and engine.waiting.is_set())
+        await pilot.press(*"hello", "enter")
+        await until(pilot, lambda: app.chat.prompt.text == "")
+        await pilot.press("ctrl+q")
+        await until(pilot, lambda: not app.is_running)
+        engine.gate.set()
+    assert app.unsent == "hello"
+
+
+async def test_nothing_is_unsent_after_an_answer() -> None:
+    app = ChatApp(ScriptedEngine([Reply(["Here."])]))
+    async with app.run_test() as pilot:
+        await pilot.press(*"hello", "enter")
+        await until(pilot, lambda: app.chat.conversation and not app.chat.is_busy)
+        await pilot.press("ctrl+q")
+        await until(pilot, lambda: not app.is_running)
+    assert app.unsent == ""
+
+
+async def test_a_turn_that_ends_before_its_stream_begins() -> None:
+    engine = ScriptedEngine(conversations=[TWO_TURNS])
+    app = ChatApp(engine)
+    async with app.run_test() as pilot:
+        app.chat.switch("Kernels")
+        await until(pilot, lambda: app.chat.transcript.views)
+        view = app.chat.transcript.views[-1]
+        view._stream = stream = Markdown.get_stream(view.query_one(Markdown))
+        await view.finish(Exchange("And a block?", "Many.", usage(60)))  # before the stream's first step
+        assert (answer(view), view._stream) == ("Many.", None)
+        assert stream._task is not None
+        assert stream._task.cancelled()

@@ -87,6 +87,7 @@ class TalkScreen(Screen[None]):
         )
         self._run_now: Run | None = None
         self._queued: tuple[Ask, list[Path], str] | None = None
+        self._asked = ""
 
     # --- small things ----------------------------------------------------------------------------------
 
@@ -99,6 +100,13 @@ class TalkScreen(Screen[None]):
     def is_loading(self) -> bool:
         """A model is being loaded."""
         return self._run_now is not None and self._run_now.kind == "load"
+
+    @property
+    def unsent(self) -> str:
+        """What was written and is in no session: what waits, what runs and has no turn yet, and what is in the box."""
+        waiting = self._queued[2] if self._queued is not None else self._asked
+        parts = [part.strip() for part in (waiting, self.prompt.text)]
+        return "\n".join(dict.fromkeys(part for part in parts if part))
 
     @property
     def prompt(self) -> Prompt:
@@ -180,6 +188,7 @@ class TalkScreen(Screen[None]):
             self.action_models()
             return
         self.prompt.take()
+        self._asked = raw
         self.editing = None
         self.mode_changed()
         # Noted now and not when the worker begins: another key may be handled before.
@@ -194,6 +203,7 @@ class TalkScreen(Screen[None]):
                 self.notify(f"{path.name} is attached: ask about it.", markup=False)
             if ask.kind == "regenerate" or ask.text:
                 await self._reply(run, name, ask)
+            self._asked = ""
         except Stopped:
             self.prompt.give_back(raw)
         except Exception as error:
@@ -271,7 +281,8 @@ class TalkScreen(Screen[None]):
 
     async def stop_and_wait(self) -> None:
         """Stop what runs, and wait until it is kept."""
-        self.stop_run()
+        if self._run_now is not None:
+            self._run_now.stop.set()
         await self.workers.wait_for_complete([worker for worker in self.workers if worker.group == "talk"])
 
     # --- the next turn ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from textual.containers import Vertical
@@ -93,7 +94,14 @@ class TurnView(Vertical):
         """No more pieces come."""
         if self._stream is not None:
             stream, self._stream = self._stream, None
-            await stream.stop()
+            try:
+                await stream.stop()
+            except asyncio.CancelledError:
+                # Also raised when the stream's task is cancelled before its first step, as after a very short reply:
+                # this is then about the stream, and not about who waits for it. `finish` shows the words.
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
 
     def toggle_thinking(self) -> None:
         """Fold or unfold the thoughts."""
