@@ -28,12 +28,16 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvembed._errors import UnsupportedModelError
+from kvembed._shared_attention import SharedRun, shared_attention
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["AttentionSwitch"]
 
 _NAME = "kvembed_sdpa"
+_UNUSUAL = ("softcap", "position_bias", "cache", "s_aux")
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -42,6 +46,7 @@ class _Running:
     """One kvembed call under way: its chunk size, and what is known of the mask its layers share."""
 
     chunk: int
+    shared: SharedRun | None = None
     mask: torch.Tensor | None = None
     kind: str = ""
 
@@ -75,8 +80,12 @@ def grouped_attention_forward(
         **kwargs: Anything else hands the call to transformers.
     """
     running = _RUNNING.get()
+    if running is not None and running.shared is not None:
+        if dropout or any(kwargs.get(name) is not None for name in _UNUSUAL):
+            raise UnsupportedModelError("attention with more than queries, keys and values")
+        return shared_attention(running.shared, query, key, value, attention_mask, scaling), None
     q, kv = query.shape[2], key.shape[2]
-    unusual = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache", "s_aux"))
+    unusual = any(kwargs.get(name) is not None for name in _UNUSUAL)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     kind = "other"
     if running is not None and not unusual and not dropout and query.shape[0] == 1 and query.device.type == "cpu":
@@ -156,8 +165,12 @@ class AttentionSwitch:
         return [c for c in seen.values() if getattr(c, "_attn_implementation_internal", None) == "sdpa"]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Run a block of code with the grouped path (when enabled)."""
+    def active(self, shared: SharedRun | None = None) -> Iterator[None]:
+        """Run a block of code with the grouped path (when enabled).
+
+        Args:
+            shared: What the rows of a batch share; see `kvembed._shared_attention`.
+        """
         if not self.enabled:
             yield
             return
@@ -169,7 +182,7 @@ class AttentionSwitch:
                 ALL_ATTENTION_FUNCTIONS.register(_NAME, grouped_attention_forward)
                 ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
             configs = self._configs()
-            token = _RUNNING.set(_Running(self._chunk))
+            token = _RUNNING.set(_Running(self._chunk, shared))
             try:
                 for config in configs:
                     config._attn_implementation_internal = _NAME

@@ -73,7 +73,10 @@ class Parts(Sequence[Document]):
         return [document.ask(question, max_new_tokens=max_new_tokens, **kwargs) for document in self]
 
     def ask_many(self, questions: Sequence[str], *, max_new_tokens: int = 256, **kwargs: Any) -> list[list[Answer]]:
-        """Put many questions to every part, as `Document.ask_many` does; return the answers of all parts to each."""
+        """Put many questions to every part, as `Document.ask_many` does; return the answers of all parts to each.
+
+        Arguments as for `Document.ask_many`.
+        """
         questions = [questions] if isinstance(questions, str) else list(questions)
         by_part = [document.ask_many(questions, max_new_tokens=max_new_tokens, **kwargs) for document in self]
         return [[answers[i] for answers in by_part] for i in range(len(questions))]

@@ -34,6 +34,7 @@ from kvembed.hf._caches import (
 )
 from kvembed.hf._compat import CHUNKS_RESUME, check_version
 from kvembed.hf._layers import FullLayer, HybridLayer, HybridSlidingLayer, SlidingLayer
+from kvembed.hf._shared import shared_cache
 
 __all__ = [
     "CHUNKS_RESUME",
@@ -57,6 +58,7 @@ __all__ = [
     "new_cache",
     "new_stock_cache",
     "probe_cache_spec",
+    "shared_cache",
     "state_tensors",
     "states_nbytes",
     "tensors_in",
