@@ -104,6 +104,19 @@ def extension(kit: Kit, version: int, seed: int = 0, *, batch: bool = False) -> 
     )
 
 
+def gpu_extension(kit: Kit) -> Rig:
+    """The CUDA extension on a real GPU."""
+    from kvembed_cuda import Driver
+
+    from kvembed._transfer.extension import CudaStreams, ExtensionTransfer
+
+    device = torch.device("cuda", 0)
+    torch.zeros(1, device=device)  # torch has taken up the GPU
+    streams = CudaStreams(Driver(kit.library), 0)
+    engine = ExtensionTransfer(device, streams=streams, max_staging_bytes=STAGING)
+    return Rig(engine, lambda function: function(), device)
+
+
 RIGS: dict[str, Callable[[], Rig]] = {
     "plain": plain,
     "late": lambda: fake("late"),
@@ -119,3 +132,5 @@ PARAMETERS = [
     pytest.param(name, marks=pytest.mark.cuda) if name == "cuda" else name
     for name in [*RIGS, *(DRIVERS if importlib.util.find_spec("native_build") else ())]
 ]
+if importlib.util.find_spec("native_build"):
+    PARAMETERS.append(pytest.param("cuda-extension", marks=pytest.mark.cuda))

@@ -12,7 +12,7 @@ import torch
 from kvembed._rows import Rows
 from kvembed._transfer import Strip
 
-from ._rigs import DRIVERS, PARAMETERS, RIGS, SLOT, STAGING, extension, fake
+from ._rigs import DRIVERS, PARAMETERS, RIGS, SLOT, STAGING, extension, fake, gpu_extension
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +27,8 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     if request.param in DRIVERS:
         version, batch = DRIVERS[request.param]
         rig = extension(request.getfixturevalue("cuda_kit"), version, batch=batch)
+    elif request.param == "cuda-extension":
+        rig = gpu_extension(request.getfixturevalue("cuda_kit"))
     else:
         rig = RIGS[request.param]()
     yield rig
