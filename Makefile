@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all set-up themselves, in .venv, and only once.
 
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 WORKERS ?= 2
 READY := .venv/.ready
 TOOLS := .venv/.ready-tools

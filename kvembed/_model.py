@@ -66,7 +66,7 @@ class CachedModel(ModelView):
     Raises:
         ConfigError: An option that cannot work, or a transformers that is too old.
 
-    Example:
+    Examples:
         >>> model = CachedModel.from_pretrained("smollm2")  # doctest: +SKIP
         >>> ids = model.generate(**model.tokenizer("Hello", return_tensors="pt"))  # doctest: +SKIP
         >>> model.usage  # doctest: +SKIP

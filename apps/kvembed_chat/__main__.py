@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kvembed_chat._cli import main
+from kvembed._chat_entry import main
 
 main()
