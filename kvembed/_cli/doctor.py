@@ -6,20 +6,25 @@ import importlib.metadata
 import platform
 import shutil
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvembed._cli import _common, _machine, _transfers
+from kvembed._cli import _codecs, _common, _machine, _transfers
 from kvembed._cli._steps import Steps
 from kvembed._errors import KVEmbedError
 from kvembed._units import format_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
 __all__ = ["Problem", "find_problems", "inspect_machine", "inspect_model", "register"]
 
+_TextOption = Annotated[
+    Path | None,
+    typer.Option(help="With --codec: a text to measure it on, in place of the Python reference.", show_default=False),
+]
 _LOW_DISK = 2 << 30
 
 
@@ -167,12 +172,18 @@ def find_problems(facts: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def inspect_model(name: str, dtype: str) -> dict[str, Any]:
+def inspect_model(name: str, dtype: str, codecs: Sequence[str] = (), text: str | None = None) -> dict[str, Any]:
     """Load a model and say whether kvembed can cache it.
+
+    Args:
+        name: Alias, hub id, folder or GGUF file.
+        dtype: Type of its weights.
+        codecs: Codecs to be measured on it.
+        text: On which text; the Python reference when None.
 
     Returns:
         ``name``, ``supported``, ``reason`` (why not), and when it could be loaded ``class``, ``dtype``, ``device``,
-        ``kv_bytes_per_token`` and the fields of its ``fingerprint``.
+        ``kv_bytes_per_token``, the fields of its ``fingerprint`` and what was measured of ``codecs``.
     """
     import tempfile
 
@@ -191,6 +202,7 @@ def inspect_model(name: str, dtype: str) -> dict[str, Any]:
                     "device": str(model.hf_model.device),
                     "kv_bytes_per_token": model.kv_bytes_per_token or None,
                     "fingerprint": dict(model.fingerprint),
+                    **({"codecs": _codecs.measure(model, codecs, text)} if codecs and model.support is None else {}),
                 }
         except KVEmbedError as error:
             return {"name": name, "supported": False, "reason": str(error)}
@@ -204,6 +216,10 @@ def register(app: typer.Typer) -> None:
         model: str | None = typer.Argument(None, help="Also load this model, and say whether it can be cached."),
         dtype: str = typer.Option("auto", help="Type of the model's weights."),
         quick: bool = typer.Option(False, "--quick", help="Leave out the measurements."),
+        codec: str | None = typer.Option(
+            None, help="Also measure what this codec (or 'all') costs the model's answers.", show_default=False
+        ),
+        text: _TextOption = None,
         folder: _common.DirOption = None,
         as_json: _common.JsonOption = False,
     ) -> None:
@@ -211,11 +227,12 @@ def register(app: typer.Typer) -> None:
 
         Ends with status 1 when something keeps kvembed from working.
         """
+        codecs = _codecs.chosen(codec, model, text)
         path = _common.store_path(folder)
         facts = inspect_machine(path, quick=quick)
         problems = find_problems(facts)
         if model is not None:
-            facts["model"] = inspect_model(model, dtype)
+            facts["model"] = inspect_model(model, dtype, codecs, None if text is None else _codecs.read(text))
             if not facts["model"]["supported"]:
                 loaded = "class" in facts["model"]
                 fix = "Calls of it work, but without a cache." if loaded else "Look at its name and its files."
@@ -271,6 +288,8 @@ def _show(facts: dict[str, Any], problems: list[Problem]) -> None:
         else:
             text = f"{model['name']}: not cached; {model['reason']}"
         rows.append(("model", text))
+        if model.get("codecs"):
+            rows.append(("codecs", _codecs.describe(model["codecs"])))
     from rich.text import Text
 
     width = max(len(name) for name, _ in rows)

@@ -92,8 +92,8 @@ def _rounded(x: torch.Tensor) -> tuple[torch.Tensor] | None:
     """Return bfloat16 of float32; None for what is to be left as it is."""
     if x.dtype != torch.float32:
         return None
-    new = x.to(torch.bfloat16)
-    return (new,) if bool(torch.isfinite(new).all()) else None
+    fits = not x.numel() or bool(x.abs().amax() <= torch.finfo(torch.bfloat16).max)  # False for what is not a number
+    return (x.to(torch.bfloat16),) if fits else None
 
 
 def _quantised(

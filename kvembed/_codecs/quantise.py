@@ -5,7 +5,7 @@ All of it is in float32, with IEEE division and rounding to nearest, ties to eve
     most  = max |x| over a group
     scale = most / 127 (int8)  or  most / 448 (fp8, e4m3 without infinities)
     code  = x / scale, rounded to a whole number and held to [-127, 127]  or  rounded to e4m3 and held to +-448;
-            0 where the scale is 0
+            0, with the sign of x, where the scale is 0
     value = code * scale, rounded to the type of the cache
 
 A group is, in each head, one token over all channels (``by="token"``) or one channel over up to ``span`` tokens
@@ -23,7 +23,7 @@ __all__ = ["FP8", "INT8", "dequantise_into", "quantise"]
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 _MOST = {INT8: 127.0, FP8: 448.0}
-_SERIAL = 1 << 15  # torch starts threads for more elements than this; reading has threads of its own
+_SERIAL = (1 << 15) - 1  # torch starts threads for more elements, which for so few cost more than they give
 
 
 def quantise(
@@ -41,21 +41,31 @@ def quantise(
         Codes ``[heads, tokens, width]`` of type ``code`` and float32 scales: ``[heads, tokens, 1]`` by token,
         ``[heads, ceil(tokens / span), width]`` by channel.
     """
-    most_code = _MOST[code]
-    scales: list[torch.Tensor] = []
-    codes: list[torch.Tensor] = []
-    for part in [x] if by == "token" else x.split(span, dim=1):
-        part = part.float()
-        most = part.abs().amax(dim=2 if by == "token" else 1, keepdim=True)  # keeps what is not a number
-        scale = torch.where(torch.isfinite(most), most / most_code, torch.nan)
-        scaled = part / scale
-        if not bool(scale.gt(0).all()):
-            scaled = torch.where(scale > 0, scaled, 0.0)
-        if code is INT8:
-            scaled.round_()
-        codes.append(scaled.clamp_(-most_code, most_code).to(code))
-        scales.append(scale)
-    return torch.cat(codes, dim=1), torch.cat(scales, dim=1)
+    heads, n, width = x.shape
+    codes = torch.empty(x.shape, dtype=code)
+    scales = torch.empty((heads, n, 1) if by == "token" else (heads, -(-n // span), width))
+    step = max(1, _SERIAL // (heads * width)) if by == "token" else span
+    some = max(1, _SERIAL // (step * width))  # heads
+    for number, start in enumerate(range(0, n, step)):
+        rows = slice(start, start + step) if by == "token" else slice(number, number + 1)
+        for head in range(0, heads, some):
+            part = x[head : head + some, start : start + step]
+            codes[head : head + some, start : start + step] = _coded(
+                part, code, 2 if by == "token" else 1, scales[head : head + some, rows]
+            )
+    return codes, scales
+
+
+def _coded(x: torch.Tensor, code: torch.dtype, axis: int, scales: torch.Tensor) -> torch.Tensor:
+    """Return the codes of groups along an axis, and fill ``scales``."""
+    x, most_code = x.float(), _MOST[code]
+    most = x.abs().amax(dim=axis, keepdim=True)  # keeps what is not a number
+    scale = torch.where(torch.isfinite(most), most / most_code, torch.nan)
+    scaled = x / torch.where(scale > 0, scale, torch.inf)
+    if code is INT8:
+        scaled.round_()
+    scales.copy_(scale)
+    return scaled.clamp_(-most_code, most_code)  # rounded to e4m3 where it is assigned
 
 
 def dequantise_into(target: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, span: int, skip: int = 0) -> None:

@@ -111,6 +111,39 @@ def test_doctor_says_that_a_model_can_be_cached(run: Run, run_json: Run, tiny_fo
     assert not (tmp_path / "store").exists()
 
 
+def test_doctor_measures_codecs(run: Run, run_json: Run, tiny_folder: Path, tmp_path: Path) -> None:
+    args = ("doctor", tiny_folder, "--quick", "--dtype", "float32", "--dir", tmp_path / "store", "--codec")
+    found = {f["codec"]: f for f in run_json(*args, "all")["model"]["codecs"]}
+    assert list(found) == ["lossless", "bf16", "k16v8", "int8", "fp8"]
+    errors = [f["kl_mean"] for f in found.values()]
+    assert errors == sorted(errors)
+    assert errors[0] < 1e-9 < errors[1]  # the model's own rounding, in float32
+    assert found["lossless"]["ratio"] == 1
+    assert found["bf16"]["ratio"] == 2
+    text = tmp_path / "text.txt"
+    text.write_text("Words of my own, again and again. " * 100, encoding="utf-8")
+    shown = run(*args, "int8", "--text", text).stdout
+    assert "(rounding)" in shown
+    assert "int8" in shown
+    assert "fp8" not in shown
+    assert f"{found['int8']['kl_mean']:.1e}" not in shown  # of another text
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (("--codec", "zip", "MODEL"), "must be one of"),
+        (("--codec", "int8"), "name a model"),
+        (("--text", "x.txt", "MODEL"), "add --codec all"),
+        (("--codec", "int8", "--text", "/nowhere", "MODEL"), "cannot be read"),
+    ],
+)
+def test_doctor_says_what_is_wrong_with_a_codec(run: Run, tiny_folder: Path, args: tuple[str, ...], word: str) -> None:
+    result = run("doctor", "--quick", *(str(tiny_folder) if a == "MODEL" else a for a in args), status=1)
+    assert word in result.stderr
+
+
 # -------------------------------------------------------------------------------------------- bench
 
 
