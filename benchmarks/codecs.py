@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import common
@@ -75,9 +76,8 @@ def shuffled(data: np.ndarray, size: int) -> np.ndarray:
 
 def compressors(names: list[str], dtypes: list[str], tokens: int) -> list[dict[str, Any]]:
     """Compress the KV of one text losslessly, tensor by tensor, with the bytes shuffled."""
-    import blosc2
-    import lz4.frame
-    import zstandard
+    blosc2, zstandard = import_module("blosc2"), import_module("zstandard")
+    lz4_frame = import_module("lz4.frame")
 
     blosc2.set_nthreads(1)
     rows: list[dict[str, Any]] = []
@@ -106,8 +106,8 @@ def compressors(names: list[str], dtypes: list[str], tokens: int) -> list[dict[s
                     ),
                 ),
                 "lz4 + shuffle": (
-                    lambda d, s=size: lz4.frame.compress(shuffled(d, s).data),
-                    lambda c, s=size: np.frombuffer(lz4.frame.decompress(c), np.uint8).reshape(s, -1).T.copy(),
+                    lambda d, s=size: lz4_frame.compress(shuffled(d, s).data),
+                    lambda c, s=size: np.frombuffer(lz4_frame.decompress(c), np.uint8).reshape(s, -1).T.copy(),
                 ),
             }
             for label, codec in (

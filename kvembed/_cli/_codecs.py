@@ -63,7 +63,7 @@ def measure(model: CachedModel, codecs: Sequence[str], text: str | None) -> list
 def describe(figures: Sequence[dict[str, Any]]) -> str:
     """Return a table of what was measured."""
     head = ("codec", "KL mean", "KL max", "top-1", "smaller", "encode", "decode")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for f in figures:
         rates = ("" if f[name] is None else f"{f[name] / 1e9:.1f} GB/s" for name in ("encode_rate", "decode_rate"))
         name = "(rounding)" if f["codec"] == LOSSLESS else f["codec"]

@@ -1,7 +1,7 @@
 """What a codec costs a model's answers: predictions on KV that went through it, and on KV that did not.
 
-All tokens but the last ones are computed as a cold call does it. Their KV is stored and read back in each codec, and the
-last tokens are fed on top of it in one forward. What the model predicts after each of them is compared with what it
+All tokens but the last ones are computed as a cold call does it. Their KV is stored and read back in each codec, and
+the last tokens are fed on top of it in one forward. What the model predicts after each of them is compared with what it
 predicts on top of the KV as it was.
 """
 

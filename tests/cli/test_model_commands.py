@@ -112,17 +112,18 @@ def test_doctor_says_that_a_model_can_be_cached(run: Run, run_json: Run, tiny_fo
 
 
 def test_doctor_measures_codecs(run: Run, run_json: Run, tiny_folder: Path, tmp_path: Path) -> None:
-    args = ("doctor", tiny_folder, "--quick", "--dtype", "float32", "--dir", tmp_path / "store", "--codec")
-    found = {f["codec"]: f for f in run_json(*args, "all")["model"]["codecs"]}
+    args = ("doctor", tiny_folder, "--quick", "--dtype", "float32", "--dir", tmp_path / "store", "--text")
+    texts = [tmp_path / "one.txt", tmp_path / "other.txt"]
+    for text, words in zip(texts, ("Words of my own, again. ", "Some other sentences. "), strict=True):
+        text.write_text(words * 20, encoding="utf-8")
+    found = {f["codec"]: f for f in run_json(*args, texts[0], "--codec", "all")["model"]["codecs"]}
     assert list(found) == ["lossless", "bf16", "k16v8", "int8", "fp8"]
     errors = [f["kl_mean"] for f in found.values()]
     assert errors == sorted(errors)
     assert errors[0] < 1e-9 < errors[1]  # the model's own rounding, in float32
     assert found["lossless"]["ratio"] == 1
     assert found["bf16"]["ratio"] == 2
-    text = tmp_path / "text.txt"
-    text.write_text("Words of my own, again and again. " * 100, encoding="utf-8")
-    shown = run(*args, "int8", "--text", text).stdout
+    shown = run(*args, texts[1], "--codec", "int8").stdout
     assert "(rounding)" in shown
     assert "int8" in shown
     assert "fp8" not in shown

@@ -15,21 +15,19 @@ from ._lab import cut_texts
 if TYPE_CHECKING:
     from pathlib import Path
 
-ALL_THREADS = True
 
-
-def measured(folder: Path, dtype: str) -> dict[str, Any]:
+def measured(folder: Path) -> dict[str, Any]:
     with KVStore(max_disk_bytes=None, max_cpu_bytes="64MiB") as store:
-        model = CachedModel.from_pretrained(str(folder), store=store, dtype=dtype, progress=False)
-        (ids,) = cut_texts(model.tokenizer, [640])
-        figures = measure_codecs(model._engine, as_token_ids(ids[0].numpy()), predicted=128)
+        model = CachedModel.from_pretrained(str(folder), store=store, dtype="float32", progress=False)
+        (ids,) = cut_texts(model.tokenizer, [320])
+        figures = measure_codecs(
+            model._engine, as_token_ids(ids[0].numpy()), ("lossless", "bf16", "int8", "fp8"), predicted=64
+        )
         model.close()
     return {f.codec: f for f in figures}
 
 
-@pytest.mark.model
-def test_smollm2_in_float32(smollm2: Path) -> None:
-    found = measured(smollm2, "float32")
+def hold(found: dict[str, Any]) -> None:
     assert found["lossless"].kl_mean < 1e-9
     assert found["bf16"].kl_mean < 1e-4
     assert found["int8"].kl_mean < 1e-3
@@ -39,10 +37,11 @@ def test_smollm2_in_float32(smollm2: Path) -> None:
 
 
 @pytest.mark.model
-def test_gemma3_in_bfloat16_is_as_far_from_lossless_as_from_itself(gemma3_270m: Path) -> None:
-    found = measured(gemma3_270m, "bfloat16")
-    assert found["bf16"].kl_max == 0
-    for codec in ("k16v8", "int8"):
-        assert found[codec].kl_mean < 2 * found["lossless"].kl_mean
-    assert found["fp8"].kl_mean < 1e-2
-    assert found["int8"].ratio > 1.9
+def test_smollm2(smollm2: Path) -> None:
+    hold(measured(smollm2))
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_gemma3(gemma3_270m: Path) -> None:
+    hold(measured(gemma3_270m))
