@@ -15,7 +15,7 @@ Importing the package loads neither torch nor transformers: names that need them
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvembed._errors import (
     BlockFormatError,
@@ -137,6 +137,13 @@ def __getattr__(name: str) -> object:
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Add ``%%ask`` and ``%kv`` to a notebook: ``%load_ext kvembed``."""
+    from kvembed._magic import load
+
+    load(ipython)
 
 
 def __dir__() -> list[str]:

@@ -154,7 +154,10 @@ class Usage:
         for name in ("ttft", "lookup", "restore", "prefill", "decode", "total"):
             label = "TTFT" if name == "ttft" else name
             speed = speeds.get(name)
-            text = format_seconds(getattr(self, f"{name}_s"))
+            seconds = getattr(self, f"{name}_s")
+            if not seconds and name != "total":
+                continue  # nothing was generated, or nothing read
+            text = format_seconds(seconds)
             rows.append((label, text if speed is None else f"{text} at {speed:.1f} tok/s"))
         if self.saved_s is not None and self.cached_tokens:
             rows.append(("saved", f"≈ {format_seconds(max(0.0, self.saved_s))}"))

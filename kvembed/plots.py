@@ -62,6 +62,8 @@ def ttft(calls: CachedModel | Iterable[Usage], *, labels: Sequence[str] | None =
     usages, names = _calls(calls, labels, generated=True)
     figure, ax = _axes(ax, rows=len(usages))
     ax.set_title("Time to first token", color=_INK)
+    if not usages:
+        return _nothing(figure, ax, "nothing was generated yet")
     for row, usage in enumerate(usages):
         cached = usage.cached_tokens_by_tier
         tier = max(cached, key=cached.__getitem__) if 2 * usage.cached_tokens > usage.prompt_tokens else COMPUTED
@@ -97,6 +99,8 @@ def tokens(calls: CachedModel | Iterable[Usage], *, labels: Sequence[str] | None
     usages, names = _calls(calls, labels, generated=False)
     figure, ax = _axes(ax, rows=len(usages))
     ax.set_title("Prompt tokens by where they came from", color=_INK)
+    if not usages:
+        return _nothing(figure, ax, "no calls yet")
     tiers = _tiers_of(usages)
     for row, usage in enumerate(usages):
         left = 0
@@ -133,7 +137,7 @@ def growth(store: KVStore, *, ax: Any = None) -> Any:
     sizes = [nbytes / scale for _, nbytes in kept]
     ax.step(times, sizes, where="post", color=rgba("cpu", 1.0), marker="." if len(kept) < 50 else None)
     ax.fill_between(times, sizes, step="post", color=rgba("cpu", 0.2))
-    ax.set(ylabel=unit, ylim=(0, None))
+    ax.set(ylabel=unit, ylim=(0, 1.15 * sizes[-1]))
     ax.set_xlabel("blocks that are stored now, by the time they were written")
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter  # pyright: ignore[reportMissingImports]
 

@@ -44,6 +44,11 @@ def test_time_to_first_token() -> None:
     png(figure)
 
 
+def test_no_calls() -> None:
+    assert texts(plots.ttft([PREPARED])) == ["nothing was generated yet"]
+    assert texts(plots.tokens([])) == ["no calls yet"]
+
+
 def test_tokens_by_tier() -> None:
     figure = plots.tokens([COLD, WARM])
     (ax,) = figure.axes
