@@ -39,6 +39,10 @@ def figures(names: list[str], dtypes: list[str], tokens: int, texts: int) -> lis
     for name in names:
         for dtype in dtypes:
             cached = load(name, dtype)
+            if cached.support is not None:
+                print(f"{name} in {dtype} is passed through: {cached.support}", flush=True)
+                cached.close()
+                continue
             ids = common.text_ids(cached.tokenizer).numpy()
             starts = [number * (len(ids) - tokens - PREDICTED) // max(1, texts) for number in range(texts)]
             pieces = [as_token_ids(ids[start : start + tokens + PREDICTED]) for start in starts]
@@ -84,6 +88,10 @@ def compressors(names: list[str], dtypes: list[str], tokens: int) -> list[dict[s
     for name in names:
         for dtype in dtypes:
             cached = load(name, dtype)
+            if cached.support is not None:
+                print(f"{name} in {dtype} is passed through: {cached.support}", flush=True)
+                cached.close()
+                continue
             ids = as_token_ids(common.text_ids(cached.tokenizer).numpy()[:tokens])
             engine = cached._engine
             cached.prefill(torch.from_numpy(ids.astype(np.int64))[None])
