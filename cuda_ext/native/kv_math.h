@@ -176,8 +176,8 @@ KV_BOTH uint8_t kv_fp8_e4m3(float x) {
 
 KV_BOTH uint8_t kv_encode(float x, float scale, int code, bool scaled) {
     if (scaled) {
-        if (!(scale > 0.0f)) return 0; /* zeros of either sign, or not finite: there is nothing to say */
-        x = x / scale;
+        if (scale != scale) return 0; /* not finite: there is nothing to say */
+        x = scale > 0.0f ? x / scale : kv_float(kv_bits(x) & 0x80000000u); /* a zero keeps its sign */
     }
     return code == KV_INT8 ? kv_int8(x) : kv_fp8_e4m3(x);
 }

@@ -47,7 +47,8 @@ def reference(x: torch.Tensor, code: Code, group: Group, span: int = 8) -> tuple
     most = x.abs().amax(axis, keepdim=True)
     scale = most / torch.tensor(127.0 if code is Code.INT8 else 448.0)
     scale = torch.where(torch.isfinite(most), scale, torch.nan)
-    scaled = torch.where(scale > 0, x / scale, 0.0)
+    scaled = x / torch.where(scale > 0, scale, torch.inf)
+    scaled = torch.where(torch.isnan(scale), 0.0, scaled)
     if code is Code.INT8:
         codes = scaled.round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
     else:
