@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +24,6 @@ from kvembed._errors import BlockFormatError
 from kvembed._keys import as_token_ids
 from kvembed._testing import FINGERPRINT, block_path, forget_memory, keys_of, put_all, random_block, random_chain
 from kvembed._tiers.cpu import MemorySource
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LOSSY = ("bf16", "k16v8", "int8", "fp8")
 TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -307,6 +307,18 @@ def test_damaged_scales_and_codes_are_a_miss(tmp_path: Path) -> None:
             with pytest.raises(BlockFormatError, match="checksum"):
                 source.read(0, 4)
             source.close()
+
+
+def test_blocks_written_in_format_2_read_as_they_did_then() -> None:
+    """The files of the fixture were written when format 2 was new, and are never made again."""
+    folder = Path(__file__).parent / "fixtures" / "codecs2"
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    assert sorted(expected) == sorted(LOSSY)
+    for codec, wanted in expected.items():
+        block = read_block(folder / f"{codec}.safetensors")
+        assert (block.info.codec, block.info.exact, block.info.n_tokens) == (codec, False, 140)
+        decoded = b"".join(part.contiguous().view(torch.uint8).numpy().tobytes() for part in values(block))
+        assert hashlib.sha256(decoded).hexdigest() == wanted
 
 
 def test_headers_that_no_codec_makes_are_refused() -> None:
