@@ -135,7 +135,12 @@ def test_layers_on_two_devices(lab: Lab, makers: dict[str, Callable[..., Any]]) 
 
     model = makers["llama"]()
     last = len(model.model.layers) - 1
-    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places: dict[str, str | int | torch.device] = {
+        "model.embed_tokens": 0,
+        "model.rotary_emb": 0,
+        "model.norm": 1,
+        "lm_head": 1,
+    }
     places |= {f"model.layers.{i}": int(i == last) for i in range(last + 1)}
     model = dispatch_model(model, device_map=places)
     prompt = to("cuda", PROMPT)
