@@ -66,7 +66,7 @@ def test_the_navigation_has_every_page() -> None:
     settings = (ROOT / "tools" / "mkdocs.yml").read_text(encoding="utf-8")
     named = re.findall(r": ([\w/-]+\.md)$", settings, re.MULTILINE)
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.parent != ROOT]
-    assert sorted(named) == sorted([*pages, "changelog.md", "contributing.md"])
+    assert sorted(named) == sorted([*pages, "changelog.md", "contributing.md"]), "put the page into nav: of that file"
 
 
 def test_the_reference_has_every_public_name() -> None:
