@@ -85,7 +85,7 @@ def test_warm_of_bytes_that_are_no_text(run: Run, tiny_folder: Path, tmp_path: P
     file = tmp_path / "image.bin"
     file.write_bytes(bytes(range(256)) * 4)
     result = run("warm", file, "--model", tiny_folder, "--dir", tmp_path / "store", status=1)
-    assert "UTF-8" in result.stderr
+    assert "not text but binary" in result.stderr
 
 
 def test_warm_with_an_unknown_model(run: Run, tmp_path: Path) -> None:
