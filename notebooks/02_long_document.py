@@ -52,6 +52,7 @@ first
 questions = ["What does `popitem` do?", "What does `fromkeys` do?", "What does `len(d)` return?"]
 answers = manual.ask_many(questions, max_new_tokens=12)
 assert all(answer.usage.cached_tokens >= manual.tokens for answer in answers)
+assert [answer.text for answer in answers] == [manual.ask(question, max_new_tokens=12).text for question in questions]
 for answer in answers:
     print(f"{answer.question}  {answer.text!r}")
 

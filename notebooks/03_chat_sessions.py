@@ -57,11 +57,11 @@ assert plain[0, ids.shape[1] :].tolist() == second.token_ids.tolist()
 # %%
 # %load_ext kvembed
 
-# %%
+# %% active="ipynb"
 # %%ask chat --fork rainy --max-new-tokens 30
 # What if it rains?
 
-# %%
+# %% active="ipynb"
 # %%ask chat --fork children --max-new-tokens 30
 # We have two small children.
 
