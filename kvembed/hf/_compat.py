@@ -26,6 +26,7 @@ from kvembed._errors import ConfigError
 __all__ = [
     "CHUNKS_RESUME",
     "OLDEST",
+    "UNTRIED",
     "DummyLayer",
     "DynamicCache",
     "DynamicLayer",
@@ -39,6 +40,10 @@ __all__ = [
 
 OLDEST: Final = (5, 19)
 """The first version whose layers have ``is_croppable``; pyproject.toml says the same."""
+
+UNTRIED: Final = (5, 24)
+"""The first version that nothing was tried with; pyproject.toml says the same. Where it is installed all the same, the
+trial of each model still finds what does not work."""
 
 
 def _installed() -> str:
@@ -57,10 +62,10 @@ def check_version() -> None:
         ConfigError: It is; the message says what to install.
     """
     if is_before(OLDEST):
-        oldest = ".".join(map(str, OLDEST))
+        oldest, untried = (".".join(map(str, version)) for version in (OLDEST, UNTRIED))
         raise ConfigError(
             f"kvembed needs transformers {oldest} or later, and {_installed()} is installed: "
-            f"pip install 'transformers>={oldest},<6'"
+            f"pip install 'transformers>={oldest},<{untried}'"
         )
 
 

@@ -85,8 +85,7 @@ def test_installed_packages_are_used_without_running_their_code(
 
 
 def test_without_pip_the_packages_are_named(wheel_alias: Alias, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = package.importlib.util.find_spec
-    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setattr(package, "_has_pip", lambda: False)
     with pytest.raises(ModelNotFoundError, match="tiny-weights-one==1.0 tiny-weights-two==1.0"):
         resolve("tiny", on_progress=lambda *_: None)
 
