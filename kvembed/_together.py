@@ -21,9 +21,11 @@ from kvembed._attempt import Request
 from kvembed._bypass import generation_value
 from kvembed._call import Watch, with_watch
 from kvembed._errors import UnsupportedModelError
+from kvembed._html import COMPUTED
 from kvembed._keys import as_token_ids
 from kvembed._prompt import as_prompt
 from kvembed._shared_attention import SharedRun
+from kvembed._spans import tiers_of
 from kvembed._usage import Usage
 
 if TYPE_CHECKING:
@@ -261,11 +263,8 @@ def _usages(
     usages = []
     for i, (suffix, (reply, _)) in enumerate(zip(suffixes, rows, strict=True)):
         spans = attempt.spans if i == 0 else (("live", prefix),)
-        cached = sum(tokens for tier, tokens in spans if tier != "computed")
-        tiers: dict[str, int] = {}
-        for tier, tokens in spans:
-            if tier != "computed":
-                tiers[tier] = tiers.get(tier, 0) + tokens
+        tiers = tiers_of(spans)
+        cached = sum(tiers.values())
         usages.append(
             Usage(
                 prompt_tokens=prefix + len(suffix),
@@ -277,7 +276,8 @@ def _usages(
                 ttft_s=ttft,
                 total_s=seconds * share,
                 saved_s=cached / known if known and cached else None,
-                spans=(*spans, ("computed", len(suffix))),
+                spans=(*spans, (COMPUTED, len(suffix))),
+                lossy=attempt.lossy,
             )
         )
     return usages

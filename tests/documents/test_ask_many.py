@@ -160,3 +160,15 @@ def test_progress_and_bad_questions(model: CachedModel) -> None:
     assert document.ask_many([]) == []
     with pytest.raises(PromptError, match="question is empty"):
         document.ask_many(["Who?", " "])
+
+
+def test_lossy_kv_is_told(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    with KVStore(tmp_path / "lossy", codec="int8") as store:
+        cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=BLOCK, progress=False)
+        document = cached.document(TEXT)
+        fresh = document.ask_many(QUESTIONS, max_new_tokens=4)
+        cached.drop_live()
+        stored = document.ask_many(QUESTIONS, max_new_tokens=4)
+        cached.close()
+    assert {answer.usage.lossy for answer in fresh} == {None}
+    assert {answer.usage.lossy for answer in stored} == {"int8"}
