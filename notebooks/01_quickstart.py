@@ -30,7 +30,6 @@ print(f"{os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()}
 # %%
 folder = tempfile.mkdtemp(prefix="kvembed-")
 model = CachedModel.from_pretrained("smollm2", store=KVStore(folder), dtype="float32")
-model
 
 # %% [markdown]
 # ## A document

@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
-_OF_A_MACHINE = re.compile(r"/(?:home|root|Users|work|opt|workspace|var/folders)/|[A-Z]:\\\\|site-packages")
+_OF_A_MACHINE = re.compile(r"/(?:home|root|Users|work|opt|tmp|workspace|var/folders)/|[A-Z]:\\\\|site-packages")
 
 
 def test_there_are_five() -> None:
