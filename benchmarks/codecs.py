@@ -22,54 +22,55 @@ from kvembed._codecs.measure import measure_codecs
 from kvembed._keys import as_token_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PREDICTED = 256
 
 
-def load(name: str, dtype: str) -> CachedModel:
-    """Load a model over a store in memory."""
-    store = KVStore(max_disk_bytes=0, max_cpu_bytes="512MiB")
-    return CachedModel.from_pretrained(name, store=store, dtype=dtype, progress=False)
+def loaded(names: list[str], dtypes: list[str]) -> Iterator[tuple[str, str, CachedModel]]:
+    """Load one model after another over a store in memory, but for those that are passed through."""
+    for name in names:
+        for dtype in dtypes:
+            store = KVStore(max_disk_bytes=0, max_cpu_bytes="512MiB")
+            cached = CachedModel.from_pretrained(name, store=store, dtype=dtype, progress=False)
+            if cached.support is None:
+                yield name, dtype, cached
+            else:
+                print(f"{name} in {dtype} is passed through: {cached.support}", flush=True)
+            cached.close()
+            del cached
+            gc.collect()
 
 
 def figures(names: list[str], dtypes: list[str], tokens: int, texts: int) -> list[dict[str, Any]]:
     """Measure all codecs on several pieces of the text; one row for each model and codec."""
     rows: list[dict[str, Any]] = []
-    for name in names:
-        for dtype in dtypes:
-            cached = load(name, dtype)
-            if cached.support is not None:
-                print(f"{name} in {dtype} is passed through: {cached.support}", flush=True)
-                cached.close()
-                continue
-            ids = common.text_ids(cached.tokenizer).numpy()
-            starts = [number * (len(ids) - tokens - PREDICTED) // max(1, texts) for number in range(texts)]
-            pieces = [as_token_ids(ids[start : start + tokens + PREDICTED]) for start in starts]
-            runs = [measure_codecs(cached._engine, piece, predicted=PREDICTED) for piece in pieces]
-            for of_codec in zip(*runs, strict=True):
-                first = of_codec[0]
-                rates = {
-                    what: max(getattr(f, f"{what}_rate") or 0.0 for f in of_codec) / 1e9 or None
-                    for what in ("encode", "decode")
+    for name, dtype, cached in loaded(names, dtypes):
+        ids = common.text_ids(cached.tokenizer).numpy()
+        starts = [number * (len(ids) - tokens - PREDICTED) // max(1, texts) for number in range(texts)]
+        pieces = [as_token_ids(ids[start : start + tokens + PREDICTED]) for start in starts]
+        runs = [measure_codecs(cached._engine, piece, predicted=PREDICTED) for piece in pieces]
+        for of_codec in zip(*runs, strict=True):
+            first = of_codec[0]
+            rates = {
+                what: max(getattr(f, f"{what}_rate") or 0.0 for f in of_codec) / 1e9 or None
+                for what in ("encode", "decode")
+            }
+            rows.append(
+                {
+                    "model": name,
+                    "dtype": dtype,
+                    "codec": "(rounding)" if first.codec == "lossless" else first.codec,
+                    "KL mean": statistics.fmean(f.kl_mean for f in of_codec),
+                    "KL max": max(f.kl_max for f in of_codec),
+                    "top-1": statistics.fmean(f.top1 for f in of_codec),
+                    "smaller": first.ratio,
+                    "encode GB/s": rates["encode"],
+                    "decode GB/s": rates["decode"],
                 }
-                rows.append(
-                    {
-                        "model": name,
-                        "dtype": dtype,
-                        "codec": "(rounding)" if first.codec == "lossless" else first.codec,
-                        "KL mean": statistics.fmean(f.kl_mean for f in of_codec),
-                        "KL max": max(f.kl_max for f in of_codec),
-                        "top-1": statistics.fmean(f.top1 for f in of_codec),
-                        "smaller": first.ratio,
-                        "encode GB/s": rates["encode"],
-                        "decode GB/s": rates["decode"],
-                    }
-                )
-                print(rows[-1], flush=True)
-            cached.close()
-            del cached
-            gc.collect()
+            )
+            print(rows[-1], flush=True)
+        del cached
     return rows
 
 
@@ -85,67 +86,61 @@ def compressors(names: list[str], dtypes: list[str], tokens: int) -> list[dict[s
 
     blosc2.set_nthreads(1)
     rows: list[dict[str, Any]] = []
-    for name in names:
-        for dtype in dtypes:
-            cached = load(name, dtype)
-            if cached.support is not None:
-                print(f"{name} in {dtype} is passed through: {cached.support}", flush=True)
-                cached.close()
-                continue
-            ids = as_token_ids(common.text_ids(cached.tokenizer).numpy()[:tokens])
-            engine = cached._engine
-            cached.prefill(torch.from_numpy(ids.astype(np.int64))[None])
-            keys = [stored.info.key for stored in engine.match(as_token_ids([*ids, 0]), deterministic=False).blocks]
-            cached.drop_live()
-            keys = keys or [b.info.key for b in engine.match(as_token_ids([*ids, 0]), deterministic=False).blocks]
-            parts: list[np.ndarray] = []
-            for key in keys:
-                source = cached.store.open(key)
-                assert source is not None
-                parts += [np.ascontiguousarray(part).reshape(-1) for part in source.read(0, len(source.layout.tensors))]
-            size = 4 if dtype == "float32" else 2
-            ways: dict[str, tuple[Callable[[np.ndarray], Any], Callable[[Any], Any]]] = {
-                "zstd -1 + shuffle": (
-                    lambda d, s=size: zstandard.ZstdCompressor(level=1).compress(shuffled(d, s)),
-                    lambda c, s=size: (
-                        shuffled(np.frombuffer(zstandard.ZstdDecompressor().decompress(c), np.uint8), 1)
-                        .reshape(s, -1)
-                        .T.copy()
-                    ),
+    for name, dtype, cached in loaded(names, dtypes):
+        ids = as_token_ids(common.text_ids(cached.tokenizer).numpy()[:tokens])
+        engine = cached._engine
+        cached.prefill(torch.from_numpy(ids.astype(np.int64))[None])
+        keys = [stored.info.key for stored in engine.match(as_token_ids([*ids, 0]), deterministic=False).blocks]
+        cached.drop_live()
+        keys = keys or [b.info.key for b in engine.match(as_token_ids([*ids, 0]), deterministic=False).blocks]
+        parts: list[np.ndarray] = []
+        for key in keys:
+            source = cached.store.open(key)
+            assert source is not None
+            parts += [np.ascontiguousarray(part).reshape(-1) for part in source.read(0, len(source.layout.tensors))]
+        size = 4 if dtype == "float32" else 2
+        ways: dict[str, tuple[Callable[[np.ndarray], Any], Callable[[Any], Any]]] = {
+            "zstd -1 + shuffle": (
+                lambda d, s=size: zstandard.ZstdCompressor(level=1).compress(shuffled(d, s)),
+                lambda c, s=size: (
+                    shuffled(np.frombuffer(zstandard.ZstdDecompressor().decompress(c), np.uint8), 1)
+                    .reshape(s, -1)
+                    .T.copy()
                 ),
-                "lz4 + shuffle": (
-                    lambda d, s=size: lz4_frame.compress(shuffled(d, s).data),
-                    lambda c, s=size: np.frombuffer(lz4_frame.decompress(c), np.uint8).reshape(s, -1).T.copy(),
+            ),
+            "lz4 + shuffle": (
+                lambda d, s=size: lz4_frame.compress(shuffled(d, s).data),
+                lambda c, s=size: np.frombuffer(lz4_frame.decompress(c), np.uint8).reshape(s, -1).T.copy(),
+            ),
+        }
+        for label, codec in (
+            ("blosc2 zstd -1, shuffle", blosc2.Codec.ZSTD),
+            ("blosc2 lz4, shuffle", blosc2.Codec.LZ4),
+        ):
+            ways[label] = (
+                lambda d, s=size, k=codec: blosc2.compress2(
+                    d.data, codec=k, clevel=1, filters=[blosc2.Filter.SHUFFLE], typesize=s, nthreads=1
                 ),
-            }
-            for label, codec in (
-                ("blosc2 zstd -1, shuffle", blosc2.Codec.ZSTD),
-                ("blosc2 lz4, shuffle", blosc2.Codec.LZ4),
-            ):
-                ways[label] = (
-                    lambda d, s=size, k=codec: blosc2.compress2(
-                        d.data, codec=k, clevel=1, filters=[blosc2.Filter.SHUFFLE], typesize=s, nthreads=1
-                    ),
-                    lambda c: blosc2.decompress2(c, nthreads=1),
-                )
-            whole = sum(part.nbytes for part in parts)
-            for label, (pack, unpack) in ways.items():
-                pack_s, packed = common.timed(lambda p=pack, all_parts=parts: [p(part) for part in all_parts])
-                unpack_s, back = common.timed(lambda u=unpack, k=packed: [u(part) for part in k])
-                for part, again in zip(parts, back, strict=True):
-                    assert np.array_equal(part, np.frombuffer(np.ascontiguousarray(again), np.uint8).reshape(-1)), label
-                rows.append(
-                    {
-                        "model": name,
-                        "dtype": dtype,
-                        "compressor": label,
-                        "smaller": whole / sum(len(part) for part in packed),
-                        "compress GB/s": whole / pack_s / 1e9,
-                        "decompress GB/s": whole / unpack_s / 1e9,
-                    }
-                )
-                print(rows[-1], flush=True)
-            cached.close()
+                lambda c: blosc2.decompress2(c, nthreads=1),
+            )
+        whole = sum(part.nbytes for part in parts)
+        for label, (pack, unpack) in ways.items():
+            pack_s, packed = common.timed(lambda p=pack, all_parts=parts: [p(part) for part in all_parts])
+            unpack_s, back = common.timed(lambda u=unpack, k=packed: [u(part) for part in k])
+            for part, again in zip(parts, back, strict=True):
+                assert np.array_equal(part, np.frombuffer(np.ascontiguousarray(again), np.uint8).reshape(-1)), label
+            rows.append(
+                {
+                    "model": name,
+                    "dtype": dtype,
+                    "compressor": label,
+                    "smaller": whole / sum(len(part) for part in packed),
+                    "compress GB/s": whole / pack_s / 1e9,
+                    "decompress GB/s": whole / unpack_s / 1e9,
+                }
+            )
+            print(rows[-1], flush=True)
+        del cached
     return rows
 
 

@@ -54,64 +54,39 @@ def explain_prompt(
     found = engine.match(ids, deterministic=deterministic, media=media)
     position = found.tokens
     decode = decoder(tokenizer)
+
+    def ends(kind: ExplanationKind, at: int, nearest: int, hint: str) -> Explanation:
+        here, offset = context(ids.tolist(), at, decode)
+        return Explanation(kind, at, len(ids), at, nearest_tokens=nearest, here=here, here_offset=offset, hint=hint)
+
     if found.without_state:
-        here, at = context(ids.tolist(), position, decode)
         hint = (
             f"The next {format_count(found.without_state)} tokens are stored, but this model can only go on where a "
             "state was kept: at the end of a turn or document, and at some block edges."
         )
-        return Explanation(
-            "diverged",
-            position,
-            len(ids),
-            position,
-            nearest_tokens=position + found.without_state,
-            here=here,
-            here_offset=at,
-            hint=hint,
-        )
+        return ends("diverged", position, position + found.without_state, hint)
     if media is None:
         plan = engine.plan(found)
         kept = max(plan.match.tokens - plan.front, 0)
         if plan.reason is not None and kept < position:
-            here, at = context(ids.tolist(), kept, decode)
             hint = f"{format_count(position)} tokens are stored. {plan.reason[0].upper()}{plan.reason[1:]}."
-            return Explanation(
-                "recomputed", kept, len(ids), kept, nearest_tokens=position, here=here, here_offset=at, hint=hint
-            )
+            return ends("recomputed", kept, position, hint)
     if position >= len(ids) - 1:
         return Explanation("hit", position, len(ids), position, nearest_tokens=position)
     lossy = _lossy(engine, found)
     if lossy is not None:
-        here, at = context(ids.tolist(), position, decode)
-        return Explanation(
-            "lossy",
-            position,
-            len(ids),
-            position,
-            nearest_tokens=position,
-            here=here,
-            here_offset=at,
-            hint=f"What follows is stored as {lossy}. Open the store with codec={lossy!r} to use it; opened with "
-            f"codec={engine.store.codec!r} it is computed again, and then stored so.",
+        hint = (
+            f"What follows is stored as {lossy}. Open the store with codec={lossy!r} to use it; opened with "
+            f"codec={engine.store.codec!r} it is computed again, and then stored so."
         )
+        return ends("lossy", position, position, hint)
     lost = _lost(engine, found)
     own = _nearest(engine, found.root, ids)
     for live in engine.live.of_root(found.root):
         if common_prefix(live.ids, ids) > common_prefix(own, ids):
             own = live.ids
     if lost is not None and common_prefix(own, ids) <= position:
-        here, at = context(ids.tolist(), position, decode)
-        return Explanation(
-            lost,
-            position,
-            len(ids),
-            position,
-            nearest_tokens=position,
-            here=here,
-            here_offset=at,
-            hint=_LOST_HINTS[lost],
-        )
+        return ends(lost, position, position, _LOST_HINTS[lost])
     other, differences = _other_model(engine, ids)
     if common_prefix(other, ids) > max(position, common_prefix(own, ids)):
         shared = common_prefix(other, ids)

@@ -15,6 +15,7 @@ from kvembed._bypass import is_draft
 from kvembed._compiled import compiled_from
 from kvembed._documents.document import Document
 from kvembed._documents.library import Library
+from kvembed._documents.reading import read_document
 from kvembed._engine import Engine
 from kvembed._errors import ConfigError, StoreClosedError, UnsupportedModelError
 from kvembed._html import mimebundle
@@ -270,7 +271,8 @@ class CachedModel(ModelView):
             PromptError: The document is empty, or does not fit the model's context. Nothing was computed.
             ConfigError: A file is missing, damaged, locked or of a kind that cannot be read; it says what to do.
         """
-        return Document.prepare(self, source, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
+        content = read_document(source)
+        return Document.of(self, content, name=name, system=system, pin=pin, prefill=prefill, progress=progress)
 
     def documents(
         self,

@@ -18,8 +18,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # silences its warning in tests 
 import pytest  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+    from kvembed import CachedModel
     from tests.cuda_ext._mock import Kit
 
 
@@ -173,6 +176,17 @@ def tiny_gemma3() -> ModelFactory:
         return _tiny(Gemma3TextConfig(**options), seed)
 
     return make
+
+
+@pytest.fixture
+def tiny_cached(tiny_llama: ModelFactory, tiny_tokenizer: Any, tmp_path: Path) -> Iterator[CachedModel]:
+    """A tiny Llama over a store of its own, in blocks of 16 tokens."""
+    from kvembed import CachedModel, KVStore
+
+    with KVStore(tmp_path / "store") as store:
+        cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=16, progress=False)
+        yield cached
+        cached.close()
 
 
 # ------------------------------------------------------------------------------------- real models

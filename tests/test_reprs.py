@@ -16,7 +16,6 @@ from kvembed._prompt_view import prompt_view
 from kvembed._spans import as_spans, tiers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 BLOCK = 16
@@ -52,11 +51,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def model(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Iterator[CachedModel]:
-    with KVStore(tmp_path / "store") as store:
-        cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=BLOCK, progress=False)
-        yield cached
-        cached.close()
+def model(tiny_cached: CachedModel) -> CachedModel:
+    return tiny_cached
 
 
 def both(shown: Any) -> tuple[str, str]:

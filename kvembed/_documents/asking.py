@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvembed._documents.document import Document
+    from kvembed._keys import TokenIds
     from kvembed._model import CachedModel
     from kvembed._progress import Progress
 
@@ -43,14 +44,16 @@ def ask_many(
 ) -> list[Answer]:
     """Answer each question by itself; see `Document.ask_many`."""
     questions = [questions] if isinstance(questions, str) else list(questions)
-    for question in questions:
-        check_prompt(model.hf_model, document.prompt_ids(question), max_new_tokens)
+    prompts = [document.prompt_ids(question) for question in questions]
+    for prompt in prompts:
+        check_prompt(model.hf_model, prompt, max_new_tokens)
     shown = model.progress if progress is None else progress
     answers: dict[int, Answer] = {}
     with _counted(shown, len(questions)) as done:
         may = together is not False and can_answer_together(model, kwargs, exact=together is None)
         if len(questions) > 1 and may:
-            _together(model, document, questions, max_new_tokens, kwargs, answers, done, exact=together is None)
+            exact = together is None
+            _together(model, document, questions, prompts, max_new_tokens, kwargs, answers, done, exact=exact)
         for i, question in enumerate(questions):
             if i not in answers:
                 answers[i] = document.ask(question, max_new_tokens=max_new_tokens, **kwargs)
@@ -62,6 +65,7 @@ def _together(
     model: CachedModel,
     document: Document,
     questions: list[str],
+    prompts: list[TokenIds],
     max_new_tokens: int,
     kwargs: dict[str, Any],
     answers: dict[int, Answer],
@@ -70,7 +74,6 @@ def _together(
     exact: bool,
 ) -> None:
     """Answer what can be answered together; with ``exact`` what rounding could have decided is left out."""
-    prompts = [document.prompt_ids(question) for question in questions]
     prefix = document.prefix_ids
     # Alike in length, so that little is padded.
     order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))

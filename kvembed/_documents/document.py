@@ -63,23 +63,6 @@ class Document:
         self._named = False
 
     @classmethod
-    def prepare(
-        cls,
-        model: CachedModel,
-        source: Source,
-        *,
-        name: str | None,
-        system: str | None,
-        pin: bool,
-        prefill: bool,
-        progress: Progress | None,
-    ) -> Document:
-        """Read, tokenise and prefill; see `CachedModel.document`."""
-        return cls.of(
-            model, read_document(source), name=name, system=system, pin=pin, prefill=prefill, progress=progress
-        )
-
-    @classmethod
     def of(
         cls,
         model: CachedModel,
@@ -91,7 +74,7 @@ class Document:
         prefill: bool,
         progress: Progress | None,
     ) -> Document:
-        """Tokenise and prefill what was read."""
+        """Tokenise and prefill what was read; see `CachedModel.document`."""
         if pin and not prefill:
             raise ConfigError("pin=True needs prefill=True: there is nothing to pin before the document is computed")
         before, after, has_special = split_chat(model.tokenizer, content.text, system)

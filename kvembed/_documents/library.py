@@ -142,7 +142,7 @@ class Library:
         return len(self._all())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return isinstance(name, str) and self._found(name) is not None
 
     # --- verbs -------------------------------------------------------------------------------------------
 
@@ -160,11 +160,9 @@ class Library:
         from kvembed._documents.document import Document
 
         known = self._known(name)
-        document = Document.restored(
+        return Document.restored(
             self._model, name, known.ids, known.around, known.source, prefill=prefill, progress=progress
         )
-        self.record(document)
-        return document
 
     __getitem__ = open
 
@@ -299,9 +297,12 @@ class Library:
         decoded = (self._decoded(row) for row in self._file().rows(self._scope))
         return [known for known in decoded if known is not None]
 
-    def _known(self, name: str) -> _Known:
+    def _found(self, name: str) -> _Known | None:
         row = self._file().row(self._scope, self._written(name)) if self._exists() else None
-        known = self._decoded(row) if row is not None else None
+        return self._decoded(row) if row is not None else None
+
+    def _known(self, name: str) -> _Known:
+        known = self._found(name)
         if known is None:
             others = ", ".join(map(repr, self.names()[:8]))
             there = f"it has {others}" if others else "it is empty: model.document(..., name=...) adds to it"

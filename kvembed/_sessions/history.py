@@ -16,18 +16,18 @@ are other words to this one.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvembed._keys import as_token_ids, common_prefix
 from kvembed._prompt import tokenize
-from kvembed._sessions.marks import Marks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvembed._keys import TokenIds
+    from kvembed._sessions.marks import Marks
     from kvembed._sessions.messages import Message
 
 __all__ = ["common_text", "History", "messages_of", "Prompt"]
@@ -63,14 +63,13 @@ class History:
     """The anchors of one branch of a conversation.
 
     Args:
-        tokenizer: The model's tokenizer.
+        marks: The special tokens of the model's tokenizer.
         branch: The messages from the first on.
-        marks: Its special tokens, when they are known already.
     """
 
-    def __init__(self, tokenizer: Any, branch: Sequence[Message] = (), marks: Marks | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._marks = marks if marks is not None else Marks(tokenizer)
+    def __init__(self, marks: Marks, branch: Sequence[Message] = ()) -> None:
+        self._tokenizer = marks.tokenizer
+        self._marks = marks
         self._anchors: list[_Anchor] = []
         self._text = ""
         self._stream: TokenIds = as_token_ids([])

@@ -73,28 +73,27 @@ class Renderer:
     """Renders conversations with one model.
 
     Args:
-        tokenizer: Its tokenizer, with a chat template.
         hf_model: The transformers model.
-        marks: The tokenizer's special tokens.
+        marks: The special tokens of its tokenizer, which has a chat template.
     """
 
-    def __init__(self, tokenizer: Any, hf_model: Any, marks: Marks) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, hf_model: Any, marks: Marks) -> None:
+        self._tokenizer = marks.tokenizer
         self._model = hf_model
         self._marks = marks
-        self._known: tuple[list[int], History] = [], History(tokenizer, marks=self._marks)
+        self._known: tuple[list[int], History] = [], History(marks)
 
     def history(self, branch: Sequence[Message]) -> History:
         """Return the history of those messages that are stored; it is kept for the next call."""
         stored = [message for message in branch if message.id]
         numbers = [message.id for message in stored]
         if self._known[0] != numbers:
-            self._known = numbers, History(self._tokenizer, stored, self._marks)
+            self._known = numbers, History(self._marks, stored)
         return self._known[1]
 
     def forget(self) -> None:
         """Keep no history any longer."""
-        self._known = [], History(self._tokenizer, marks=self._marks)
+        self._known = [], History(self._marks)
 
     def render(
         self, branch: Sequence[Message], beginning: Beginning, *, skip_turns: int = 0, to_answer: bool = True

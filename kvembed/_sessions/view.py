@@ -51,7 +51,7 @@ class SessionView:
         self._talking = threading.RLock()  # as long as a reply: one after another
         self._cancel = threading.Event()  # of the reply that is under way
         self.when_full = when_full
-        self._renderer = Renderer(model.tokenizer, model.hf_model, marks_of(model))
+        self._renderer = Renderer(model.hf_model, marks_of(model))
         self._info: SessionInfo = self._db.open(name, system, settings, template_kwargs)
         self._branch: list[Message] = []
         self.last: Reply | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import stat
 import subprocess
@@ -246,3 +247,33 @@ def test_another_model_with_the_tokenizer_computes_the_document_anew(
     answer = other.library.open("keeper").ask(QUESTION, max_new_tokens=8)
     assert answer.token_ids.tolist() == plain_reply(other, answer)
     other.close()
+
+
+def test_an_encrypted_store_keeps_an_encrypted_library(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("cryptography")
+    name, ids = "the keeper's secret", b""
+    for number in range(2):  # the second time it is another process, as far as the library can tell
+        with KVStore(tmp_path / "sealed", key=bytes(range(32))) as store:
+            cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=BLOCK, progress=False)
+            if not number:
+                assert name not in cached.library
+                cached.document(TEXT, name=name)
+            assert name in cached.library
+            assert "another" not in cached.library
+            document = cached.library.open(name)
+            assert document.name == name
+            assert document.usage.cached_tokens > 0
+            ids = document.prefix_ids.astype("<i4").tobytes()
+            cached.close()
+    data = bytes_of_the_file()
+    assert data
+    assert name.encode() not in data
+    assert ids
+    assert base64.b64encode(ids)[:40] not in data
+    with KVStore(tmp_path / "other", key=bytes(32)) as store:  # with another key it is not there
+        cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=BLOCK, progress=False)
+        assert name not in cached.library
+        assert cached.library.names() == []
+        cached.close()

@@ -1,24 +1,18 @@
-"""A tiny model over a store."""
+"""The model of these tests."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from kvembed import CachedModel, KVStore
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from kvembed import CachedModel
 
-BLOCK = 16
+BLOCK = 16  # of `tiny_cached`
 
 
 @pytest.fixture
-def model(tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Iterator[CachedModel]:
+def model(tiny_cached: CachedModel) -> CachedModel:
     """A tiny model over a store."""
-    with KVStore(tmp_path / "store") as store:
-        cached = CachedModel(tiny_llama(), tiny_tokenizer, store=store, block_size=BLOCK, progress=False)
-        yield cached
-        cached.close()
+    return tiny_cached
